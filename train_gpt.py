@@ -1,0 +1,1800 @@
+"""Train, average, quantise, pack and score one small GPT for Parameter Golf, in one file.
+
+The task: the lowest bits per byte (bpb) on FineWeb's validation split from at most 16,000,000
+bytes of code plus packed weights, trained for at most 600 s on 8 x H100.  The last log line of a
+run holds its score; `train.log` and `submission.json` are the committed run's, written by it.
+
+    torchrun --standalone --nproc_per_node=8 train_gpt.py                     # the submitted run
+    PRESET=smoke torchrun --standalone --nproc_per_node=1 train_gpt.py        # two minutes, CPU
+    ITERATIONS=1600 TRAIN_BATCH_TOKENS=98304 MAX_WALLCLOCK_SECONDS=0 ...      # P-steps, one GPU
+    EVAL_ONLY=final_model.ptz torchrun ... train_gpt.py                       # score an artifact
+    RESUME_FROM=final_model.pt torchrun ... train_gpt.py                      # pack and score again
+
+Every number that affects the result is a field of `Hyperparameters`; an environment variable of
+the same name in capitals overrides it.  Sections, in reading order:
+
+    1 Constants          5 Quantizer              9 Weight averaging
+    2 Hyperparameters    6 Attention backends    10 Pack, unpack
+    3 Runtime            7 Model                 11 Evaluation
+    4 Data               8 Optimizer, schedules  12 Training      13 Report, main
+
+Shapes: B sequences, T positions, D model width, H query heads, K key/value heads, E head width,
+V vocabulary, L layers, N matrices of a bank, R rows, C columns.  A name ending in `_BTD` has that
+shape.  Losses are nats per token, scores bits per UTF-8 byte, times seconds unless the name says
+otherwise, sizes bytes.
+"""
+from __future__ import annotations
+
+import collections
+import contextlib
+import copy
+import dataclasses
+import datetime
+import difflib
+import hashlib
+import json
+import math
+import os
+import platform
+import queue
+import struct
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import sentencepiece
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import zstandard
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+# -----------------------------------------------------------------------------
+# 1. Constants of the challenge's formats
+
+SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 256 * 4
+BOS_ID = 1  # every document starts with it
+ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGOLFGPT", 1
+FINEWEB_VAL_TOKENS = {1024: 62_021_632}  # scored tokens of the published split, by vocabulary
+SOURCE = Path(__file__).resolve()
+
+
+class RunError(Exception):
+    """A mistake the user can mend: what, where, expected, found, remedy.  Never a traceback.
+
+    Raise it where every rank sees the same fault; a fault of one rank alone is a `LocalError`."""
+
+
+class LocalError(RunError):
+    """A `RunError` that only this rank has met, so that nothing collective may follow it."""
+
+
+# -----------------------------------------------------------------------------
+# 2. Hyperparameters
+
+RETIRED = {  # names of the challenge's baseline that mean nothing here -> what to set instead
+    "MLP_MULT": "MLP_HIDDEN", "TIED_EMBED_LR": "EMBED_LR", "HEAD_LR": "EMBED_LR",
+    "TIE_EMBEDDINGS": "nothing (embeddings are always tied)", "MUON_BACKEND_STEPS": "MUON_STEPS",
+    "MUON_MOMENTUM_WARMUP_START": "MUON_MOMENTUM_START",
+    "MUON_MOMENTUM_WARMUP_STEPS": "MOMENTUM_WARMUP_FRACTION",
+}
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """All numbers of a run.  The defaults are the `card` preset, the submitted configuration."""
+
+    # Run
+    preset: str = "card"  # card | smoke
+    run_id: str = "card"  # label in the log and in submission.json
+    seed: int = 1337  # weights and batch order
+    device: str = "auto"  # auto | cpu | cuda
+    compile_backend: str = "auto"  # auto: inductor on CUDA, none on a CPU
+    data_path: str = "./data/datasets/fineweb10B_sp1024"  # folder of shards, or `sample`
+    tokenizer_path: str = "./data/tokenizers/fineweb_1024_bpe.model"
+    output_dir: str = "."  # train.log, submission.json, final_model.pt, final_model.ptz
+    eval_only: str = ""  # path of an artifact to score; nothing is trained
+    resume_from: str = ""  # path of saved float weights to pack and score; nothing is trained
+    author: str = "Parameter Golf maintainers"  # for submission.json, with the next
+    github_id: str = ""
+
+    # Model: 25.2M parameters, which 16 MB hold at 5 bits a weight
+    vocab_size: int = 1024
+    num_layers: int = 11
+    model_dim: int = 512
+    num_heads: int = 8  # of width 64
+    num_kv_heads: int = 4  # grouped-query attention, 2 query heads a group
+    mlp_hidden: int = 1408  # 11 x 128: whole GEMM tiles
+    rope_dims: int = 16  # of each head's 64; the rest carries no position
+    rope_base: float = 10_000.0
+    xsa_layers: int = 4  # last layers whose attention drops the token's own value
+    ve_layers: int = 2  # last layers that add the value embedding to V
+    ve_dim: int = 128
+    logit_softcap: float = 30.0
+    qk_gain_init: float = 1.5  # per-head sharpness of the attention logits
+    embed_init_std: float = 0.005
+
+    # Optimizer
+    matrix_lr: float = 0.025  # Muon, spectral norm per update
+    embed_lr: float = 0.035  # AdamW, tables
+    scalar_lr: float = 0.025  # AdamW, gains and gates
+    weight_decay: float = 0.04  # Muon and AdamW, decoupled, times lr
+    muon_momentum: float = 0.99
+    muon_momentum_start: float = 0.92
+    momentum_warmup_fraction: float = 0.2  # of the run
+    muon_steps: int = 5  # Newton-Schulz iterations
+    beta1: float = 0.9
+    beta2: float = 0.95
+    adam_eps: float = 1e-8
+    grad_clip_norm: float = 0.3  # global L2 norm
+
+    # Schedule
+    iterations: int = 20_000  # steps; whichever of this and the clock ends first
+    max_wallclock_seconds: float = 600.0  # training clock; 0: no cap
+    train_batch_tokens: int = 786_432  # per step, over all ranks
+    train_seq_len: int = 2048
+    micro_batch_tokens: int = 98_304  # most tokens one rank runs at once
+    warmdown_fraction: float = 0.6  # of the run, in which lr falls linearly to 0
+    warmdown_iters: int = 0  # the same in steps; 0: use the fraction
+    swa_threshold: float = 0.2  # average the masters while the lr scale is below
+    qat_threshold: float = 0.15  # round the working weights while the lr scale is below
+    warmup_steps: int = 2  # untimed steps on random tokens for each graph, then undone
+
+    # Export
+    artifact_bytes: int = 16_000_000  # code plus packed weights stay below
+    int8_step_ratio: float = 0.7  # step of layers 0 and L-1 against the others'
+    zstd_level: int = 22
+
+    # Evaluation and log
+    eval_stride: int = 64  # new tokens scored per sliding window; 0: plain windows only
+    val_batch_size: int = 524_288  # tokens per evaluation batch, over all ranks
+    val_loss_every: int = 1000  # steps; 0: only at the end
+    train_log_every: int = 200  # steps
+
+    @property
+    def head_dim(self) -> int:
+        return self.model_dim // self.num_heads
+
+    @property
+    def kv_dim(self) -> int:
+        return self.num_kv_heads * self.head_dim
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str]) -> Hyperparameters:
+        """Preset plus overrides.  Raises RunError naming the variable, its value and the fix."""
+        preset = env.get("PRESET", "card")
+        if preset not in PRESETS:
+            raise RunError(f"PRESET={preset!r}: unknown; set one of {', '.join(PRESETS)}")
+        fields = {f.name.upper(): f for f in dataclasses.fields(cls)}
+        refuse_unknown(env, list(fields))
+        values: dict[str, Any] = {**PRESETS[preset], "preset": preset}
+        for name in fields.keys() & env.keys():
+            field = fields[name]
+            values[field.name] = parse_override(name, env[name], str(field.type))
+        h = cls(**values)
+        h.validate()
+        return h
+
+    def validate(self) -> None:
+        """Raises RunError for the first combination that cannot run."""
+        whole = self.train_batch_tokens % self.train_seq_len == 0
+        for ok, name, fix in (
+            (self.num_layers >= 2, "num_layers", "set at least 2"),
+            (self.vocab_size > BOS_ID, "vocab_size", "set the size of the tokenizer"),
+            (self.model_dim % self.num_heads == 0, "num_heads",
+             f"set a divisor of MODEL_DIM={self.model_dim}"),
+            (self.num_heads % self.num_kv_heads == 0, "num_kv_heads",
+             f"set a divisor of NUM_HEADS={self.num_heads}"),
+            (self.rope_dims % 2 == 0 and 0 <= self.rope_dims <= self.head_dim, "rope_dims",
+             f"set an even number of at most the head width {self.head_dim}"),
+            (0 <= self.xsa_layers <= self.num_layers, "xsa_layers",
+             f"set 0 to NUM_LAYERS={self.num_layers}"),
+            (1 <= self.ve_layers <= self.num_layers, "ve_layers",
+             f"set 1 to NUM_LAYERS={self.num_layers}"),
+            (whole, "train_batch_tokens", f"set a multiple of TRAIN_SEQ_LEN={self.train_seq_len}"),
+            (self.micro_batch_tokens >= self.train_seq_len, "micro_batch_tokens",
+             f"set at least TRAIN_SEQ_LEN={self.train_seq_len}"),
+            (0 <= self.eval_stride <= self.train_seq_len, "eval_stride",
+             f"set 0 (plain windows only) to TRAIN_SEQ_LEN={self.train_seq_len}"),
+            (0 < self.warmdown_fraction <= 1, "warmdown_fraction", "set a share above 0, up to 1"),
+            (self.iterations >= 1, "iterations", "set at least 1"),
+            (self.train_log_every >= 1, "train_log_every", "set at least 1"),
+            (not (self.eval_only and self.resume_from), "eval_only",
+             "unset RESUME_FROM: only one of the two can start the run"),
+            (self.parameters() * 2 // 8 < self.artifact_bytes, "artifact_bytes",
+             f"{self.parameters():,} parameters need at least 2 bits each; "
+             "raise it or lower MLP_HIDDEN"),
+        ):
+            if not ok:
+                raise RunError(f"{name.upper()}={getattr(self, name)!r}: {fix}")
+
+    def parameters(self) -> int:
+        """Number of trained parameters, from the shapes alone."""
+        return sum(math.prod(shape) for shape in parameter_shapes(self).values())
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "card": {},
+    "smoke": dict(  # the same code at a size that a CPU trains in two minutes
+        run_id="smoke", data_path="sample", tokenizer_path="", output_dir="./smoke_run",
+        num_layers=4, model_dim=128, num_heads=4, num_kv_heads=2, mlp_hidden=352, rope_dims=8,
+        xsa_layers=2, ve_dim=32, iterations=300, max_wallclock_seconds=60.0,
+        train_batch_tokens=4096, micro_batch_tokens=4096, train_seq_len=256, val_batch_size=16_384,
+        val_loss_every=100, train_log_every=20, artifact_bytes=16_000_000, zstd_level=22,
+    ),
+}
+
+
+def refuse_unknown(env: Mapping[str, str], known: list[str]) -> None:
+    """An override that would be silently ignored is an error: retired names and near misses."""
+    for name in env:
+        if name in RETIRED:
+            raise RunError(f"{name}={env[name]!r}: not a setting here; set {RETIRED[name]}")
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.9)
+        if close and name not in known:
+            raise RunError(f"{name}={env[name]!r}: unknown variable; did you mean {close[0]}?")
+
+
+def parse_override(name: str, text: str, kind: str) -> int | float | str:
+    """`text` as int, float or str.  Raises RunError with the variable, the value and the fix."""
+    if kind == "str":
+        return text
+    try:
+        value = int(text) if kind == "int" else float(text)
+    except ValueError:
+        raise RunError(f"{name}={text!r}: expected {kind}; unset it or set a number") from None
+    if not 0 <= value < math.inf:
+        raise RunError(f"{name}={text!r}: expected a finite number of at least 0")
+    return value
+
+
+# -----------------------------------------------------------------------------
+# 3. Runtime: ranks and devices, log, clock
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where this process stands.  With one process every collective is a no-op."""
+
+    device: torch.device
+    rank: int = 0
+    world_size: int = 1
+    compile_backend: str = "none"
+
+    @classmethod
+    def start(cls, h: Hyperparameters, env: Mapping[str, str]) -> Runtime:
+        """Joins torchrun's process group if there is one and claims the device."""
+        rank, world = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
+        if h.device not in ("auto", "cpu", "cuda"):
+            raise RunError(f"DEVICE={h.device!r}: set auto, cpu or cuda")
+        cuda = torch.cuda.is_available() if h.device == "auto" else h.device == "cuda"
+        if cuda:
+            local, present = int(env.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+            if local >= present:
+                raise RunError(f"LOCAL_RANK={local}: this machine has {present} GPUs; lower "
+                               "--nproc_per_node or set DEVICE=cpu")
+            torch.cuda.set_device(local)
+        if "WORLD_SIZE" in env and world > 1:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        backend = h.compile_backend
+        if backend == "auto":
+            backend = "inductor" if cuda else "none"
+        device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+        return cls(device, rank, world, backend)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the working weights and activations."""
+        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
+
+    def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function` as one graph per set of static shapes, or unchanged on a bare CPU."""
+        if self.compile_backend == "none":
+            return function
+        # Inductor's mix_order_reduction makes RMS-norm backward 6 ms slower (pytorch #179494).
+        triton_config = getattr(torch._inductor.config, "triton", None)
+        if hasattr(triton_config, "mix_order_reduction"):
+            triton_config.mix_order_reduction = False
+        torch._dynamo.config.recompile_limit = 64
+        return torch.compile(function, backend=self.compile_backend, dynamic=False, fullgraph=True)
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            self.agree_on(0.0)
+
+    def agree_on(self, value: float) -> float:
+        """Rank 0's `value` on every rank; host-side, so the GPU's queue is not drained."""
+        if self.world_size == 1:
+            return value
+        box = torch.tensor([value], dtype=torch.float64)
+        dist.broadcast(box, src=0)
+        return float(box)
+
+    def agree_on_faults(self, fault: str) -> None:
+        """Raises the same RunError on every rank if any rank has a `fault` (else all pass "")."""
+        faults: list[Any] = [fault]
+        if self.world_size > 1:
+            faults = [None] * self.world_size
+            dist.all_gather_object(faults, fault)
+        distinct = list(dict.fromkeys(f for f in faults if f))
+        if distinct:
+            raise RunError("\n".join(distinct))
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """In-place sum over ranks."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def close(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+class RunLog:
+    """Lines to the terminal and to a file, by rank 0 alone; the file alone reproduces the run."""
+
+    def __init__(self, path: Path | None):
+        self.path = path
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("")
+
+    def __call__(self, line: str, *, quiet: bool = False) -> None:
+        if self.path is None:
+            return
+        if not quiet:
+            print(line, flush=True)
+        with self.path.open("a") as file:
+            file.write(line + "\n")
+
+
+class Stopwatch:
+    """Seconds of training: runs between `start` and `stop`, which wait for the device."""
+
+    def __init__(self, runtime: Runtime):
+        self.runtime, self.total, self.began = runtime, 0.0, None
+
+    began: float | None
+
+    def start(self) -> None:
+        self.runtime.synchronize()
+        self.began = time.perf_counter()
+
+    def stop(self) -> None:
+        self.runtime.synchronize()
+        self.total, self.began = self.elapsed(), None
+
+    def elapsed(self) -> float:
+        return self.total + (time.perf_counter() - self.began if self.began is not None else 0.0)
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Either the whole new file or the old one: temporary file, fsync, rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+# -----------------------------------------------------------------------------
+# 4. Data
+
+
+def read_shard(path: Path) -> np.ndarray:
+    """Memory-mapped uint16 tokens of one shard.  Raises RunError if it is not a whole shard."""
+    remedy = "fetch or build it again with prepare_data.py"
+    try:
+        header = np.fromfile(path, dtype="<i4", count=256)
+        size = path.stat().st_size
+    except OSError as error:
+        raise RunError(f"{path}: cannot be read ({error.strerror}); {remedy}") from None
+    if header.size < 256 or (header[0], header[1]) != (SHARD_MAGIC, SHARD_VERSION):
+        raise RunError(f"{path}: not a token shard: expected magic {SHARD_MAGIC} and version "
+                       f"{SHARD_VERSION}, found {header[:2].tolist()}; {remedy}")
+    expected = SHARD_HEADER_BYTES + 2 * int(header[2])
+    if size != expected:
+        raise RunError(f"{path}: expected {expected} bytes for its {int(header[2])} tokens, "
+                       f"found {size}; {remedy}")
+    return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES)
+
+
+def open_split(data_path: str, split: str) -> list[np.ndarray]:
+    """All shards of `split` (train or val), in name order."""
+    paths = sorted(Path(data_path).glob(f"fineweb_{split}_*.bin"))
+    if not paths:
+        raise RunError(f"DATA_PATH={data_path}: expected fineweb_{split}_*.bin, found none; run "
+                       "`python prepare_data.py fineweb`, or set DATA_PATH=sample")
+    return [read_shard(path) for path in paths]
+
+
+def check_vocabulary(tokens: np.ndarray, vocab_size: int, where: str) -> None:
+    if tokens.size and int(tokens.max()) >= vocab_size:
+        raise LocalError(f"{where}: token id {int(tokens.max())} found, expected less than "
+                         f"VOCAB_SIZE={vocab_size}; use the shards of this vocabulary")
+
+
+class BatchPlan:
+    """Which windows make batch i: a seeded shuffle over all shards, new in every epoch.
+
+    Batch i is the same (batch_seqs, T+1) tokens for any number of ranks; a rank reads its rows
+    only.  Every epoch also shifts the window grid, so that repeated text is cut elsewhere."""
+
+    def __init__(self, shards: list[np.ndarray], seq_len: int, batch_seqs: int, seed: int):
+        self.shards, self.seq_len, self.batch_seqs, self.seed = shards, seq_len, batch_seqs, seed
+        per_shard = [max(0, (len(shard) - seq_len) // seq_len) for shard in shards]
+        self.ends = np.cumsum(per_shard)
+        self.windows_per_epoch = int(self.ends[-1])
+        if self.windows_per_epoch == 0:
+            raise RunError(f"training shards: expected at least one of {2 * seq_len} tokens, found "
+                           f"{max(map(len, shards))}; lower TRAIN_SEQ_LEN or add text")
+        self._order: dict[int, tuple[int, np.ndarray]] = {}
+
+    def _epoch(self, epoch: int) -> tuple[int, np.ndarray]:
+        """Offset of the window grid in tokens and the order of the windows."""
+        if epoch not in self._order:
+            generator = np.random.Generator(np.random.PCG64([self.seed, epoch]))
+            offset = int(generator.integers(self.seq_len))
+            self._order = {epoch: (offset, generator.permutation(self.windows_per_epoch))}
+        return self._order[epoch]
+
+    def window(self, position: int) -> tuple[int, int]:
+        """(shard, first token) of the window at `position` of the endless shuffled sequence."""
+        epoch, index = divmod(position, self.windows_per_epoch)
+        offset, order = self._epoch(epoch)
+        ordinal = int(order[index])
+        shard = int(np.searchsorted(self.ends, ordinal, side="right"))
+        first = ordinal - (int(self.ends[shard - 1]) if shard else 0)
+        return shard, offset + first * self.seq_len
+
+    def tokens(self, step: int, rows: range) -> np.ndarray:
+        """Rows of batch `step`: (len(rows), T+1) int64, inputs and targets overlapping."""
+        out = np.empty((len(rows), self.seq_len + 1), dtype=np.int64)
+        for i, row in enumerate(rows):
+            shard, start = self.window(step * self.batch_seqs + row)
+            out[i] = self.shards[shard][start : start + self.seq_len + 1]
+        return out
+
+
+def prefetch(plan: BatchPlan, rows: range, vocab_size: int, device: torch.device,
+             depth: int = 4) -> Iterator[Tensor]:
+    """This rank's rows of batches 0, 1, 2 ... on `device`, read ahead by a daemon thread."""
+    ready: queue.Queue[Tensor | Exception] = queue.Queue(maxsize=depth)
+    stopped = threading.Event()
+
+    def produce() -> None:
+        step = 0
+        while not stopped.is_set():
+            try:
+                batch = plan.tokens(step, rows)
+                check_vocabulary(batch, vocab_size, f"training batch {step}")
+                item: Tensor | Exception = torch.from_numpy(batch)
+                if device.type == "cuda":
+                    item = item.pin_memory()
+            except Exception as error:  # handed to the consumer, which raises it
+                item = error
+            while not stopped.is_set():
+                with contextlib.suppress(queue.Full):
+                    ready.put(item, timeout=0.2)
+                    break
+            step += 1
+
+    threading.Thread(target=produce, daemon=True).start()
+    try:
+        while True:
+            item = ready.get()
+            if isinstance(item, Exception):
+                raise item
+            yield item.to(device, non_blocking=True)
+    finally:
+        stopped.set()
+
+
+@dataclass(frozen=True)
+class ByteTable:
+    """UTF-8 bytes that a target token adds to the text, by the challenge's rule (arrays of V)."""
+
+    base: np.ndarray  # int64, without the leading space; a byte-fallback token is 1
+    leading_space: np.ndarray  # bool, counted unless the previous token is a boundary
+    boundary: np.ndarray  # bool, control and unknown tokens
+
+    def count(self, tokens: np.ndarray) -> int:
+        """Bytes of tokens[1:], each given its predecessor."""
+        total = 0
+        for start in range(0, len(tokens) - 1, 1 << 22):  # bounds the temporaries
+            piece = np.asarray(tokens[start : start + (1 << 22) + 1], dtype=np.int64)
+            previous, target = piece[:-1], piece[1:]
+            spaces = self.leading_space[target] & ~self.boundary[previous]
+            total += int(self.base[target].sum()) + int(spaces.sum())
+        return total
+
+
+def load_byte_table(tokenizer_path: str, vocab_size: int) -> ByteTable:
+    """From a SentencePiece model.  Raises RunError if missing or of another vocabulary."""
+    if not Path(tokenizer_path).is_file():
+        raise RunError(f"TOKENIZER_PATH={tokenizer_path}: no such file; run `python "
+                       "prepare_data.py fineweb`, or set DATA_PATH=sample")
+    try:
+        sp = sentencepiece.SentencePieceProcessor(model_file=tokenizer_path)
+    except (RuntimeError, OSError):
+        raise RunError(f"TOKENIZER_PATH={tokenizer_path}: not a SentencePiece model; fetch it "
+                       "again with prepare_data.py") from None
+    if sp.vocab_size() != vocab_size:
+        raise RunError(f"TOKENIZER_PATH={tokenizer_path}: expected VOCAB_SIZE={vocab_size} pieces, "
+                       f"found {sp.vocab_size()}; set both to the same vocabulary")
+    base = np.zeros(vocab_size, dtype=np.int64)
+    leading = np.zeros(vocab_size, dtype=bool)
+    boundary = np.zeros(vocab_size, dtype=bool)
+    for i in range(vocab_size):
+        if sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i):
+            boundary[i] = True
+        elif sp.is_byte(i):
+            base[i] = 1
+        else:
+            piece = sp.id_to_piece(i)
+            leading[i] = piece.startswith("\u2581")
+            base[i] = len(piece.removeprefix("\u2581").encode("utf-8"))
+    return ByteTable(base, leading, boundary)
+
+
+# -----------------------------------------------------------------------------
+# 5. Quantizer: one grid for late QAT and for export
+#
+# An entropy-coded uniform quantiser is near the rate-distortion bound when every weight of equal
+# sensitivity has the same step, whatever its row's spread; the rate is then log2(sigma/step) + 2
+# bits.  So a row's scale is the common `step`, the one number the byte budget decides, unless its
+# largest weights would leave the code range: then the clip is searched (GPTQ-lite).
+
+CLIP_RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5)  # of the row's largest magnitude
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How a tensor, seen as N matrices (N, R, C), is rounded."""
+
+    qmax: tuple[int, ...]  # largest code per matrix: 31 for int6, 127 for int8
+    step_ratio: tuple[float, ...]  # scale floor = ratio * step; 0: each row by its own maximum
+
+    def tensors(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """qmax and step_ratio as (N, 1, 1) float32."""
+        qmax, ratio = torch.tensor(self.qmax), torch.tensor(self.step_ratio)
+        return qmax.float().view(-1, 1, 1).to(device), ratio.float().view(-1, 1, 1).to(device)
+
+
+def export_grids(h: Hyperparameters) -> dict[str, Grid]:
+    """The grid of every rounded parameter; a parameter without one is stored in float16."""
+    int8 = [layer in (0, h.num_layers - 1) for layer in range(h.num_layers)] * 2
+    qmax = tuple(127 if wide else 31 for wide in int8)
+    ratio = tuple(h.int8_step_ratio if wide else 1.0 for wide in int8)
+    banks = {name: Grid(qmax, ratio) for name in ("qo_bank", "kv_bank", "mlp_bank")}
+    tables = {name: Grid((127,), (0.0,)) for name in ("tok_emb", "ve_emb", "ve_proj")}
+    return banks | tables
+
+
+def row_scales(w_NRC: Tensor, floor: Tensor, qmax: Tensor) -> Tensor:
+    """(N, R, 1) float32 scales: the clip of least rate-distortion cost, never below `floor`.
+
+    The cost is squared error minus lambda * log2(scale) per weight, with the lambda at which
+    `floor` itself is optimal: d(s^2/12)/ds = lambda * d(log2 s)/ds gives floor^2 * ln2 / 6."""
+    widest = w_NRC.abs().amax(-1, keepdim=True) / qmax
+    floor = floor.clamp_min(1e-30)  # rows of zeros
+    price = floor.square() * (math.log(2) / 6 * w_NRC.shape[-1])
+    best_cost, best_scale = None, None
+    for ratio in CLIP_RATIOS:
+        scale = torch.maximum(widest * ratio, floor)
+        error = (w_NRC - dequantize(encode(w_NRC, scale, qmax), scale)).square()
+        cost = error.sum(-1, keepdim=True) - price * torch.log2(scale / floor)
+        if best_cost is None:
+            best_cost, best_scale = cost, scale
+        else:
+            best_scale = torch.where(cost < best_cost, scale, best_scale)
+            best_cost = torch.minimum(cost, best_cost)
+    assert best_scale is not None
+    return best_scale
+
+
+def encode(w_NRC: Tensor, scale_NR1: Tensor, qmax: Tensor) -> Tensor:
+    """Integer codes in [-qmax, qmax], still float32."""
+    return torch.clamp(torch.round(w_NRC / scale_NR1), -qmax, qmax)
+
+
+def dequantize(codes_NRC: Tensor, scale_NR1: Tensor) -> Tensor:
+    """float32 weights; one rounding, so the same on every device."""
+    return codes_NRC.float() * scale_NR1
+
+
+def quantize(w_NRC: Tensor, step: Tensor, qmax: Tensor, ratio: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 codes (N, R, C) and float32 row scales (N, R, 1) on the grid of `step` (0-d)."""
+    scale = row_scales(w_NRC, step * ratio, qmax)
+    return encode(w_NRC, scale, qmax).to(torch.int8), scale
+
+
+def fake_quantize(w_NRC: Tensor, step: Tensor, qmax: Tensor, ratio: Tensor) -> Tensor:
+    """Exactly the float32 weights that packing `w` and reading them back would give."""
+    return dequantize(*quantize(w_NRC, step, qmax, ratio))
+
+
+def entropy_bits(codes_NRC: Tensor) -> float:
+    """Order-0 entropy of the codes in bits, each matrix with its own frequencies."""
+    n = codes_NRC.shape[0]
+    which = torch.arange(n, device=codes_NRC.device).view(-1, 1, 1) * 256
+    counts = torch.bincount((codes_NRC.long() + 128 + which).flatten(), minlength=256 * n)
+    counts = counts.view(n, 256).double()
+    share = counts / counts.sum(1, keepdim=True)
+    return float(-(counts * torch.log2(share.clamp_min(1e-300))).sum())
+
+
+def fit_step(size_of: Callable[[float], float], target: float) -> float:
+    """Smallest step whose size, falling in the step, is at most `target`; by bisection."""
+    low, high = -24.0, 8.0  # log2: from where int6 range decides everything, to all codes zero
+    for _ in range(20):
+        middle = (low + high) / 2
+        low, high = (low, middle) if size_of(2.0**middle) <= target else (middle, high)
+    return 2.0**high
+
+
+# -----------------------------------------------------------------------------
+# 6. Attention backends: one causal grouped-query attention, several kernels
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q (B,T,H,E), k and v (B,T,K,E) -> (B,T,H,E)
+
+
+def sdpa(backend: SDPBackend | None) -> Attend:
+    """PyTorch's fused attention through `backend`; None leaves the choice to PyTorch."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        gqa = q.shape[1] != k.shape[1]
+        if backend is None:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
+        else:
+            with sdpa_kernel(backend):
+                y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
+        return y.transpose(1, 2)
+
+    return attend
+
+
+def attention_candidates() -> dict[str, Attend]:
+    """Kernels for CUDA by name; FlashAttention-3 only where its package imports."""
+    found = {"cudnn": sdpa(SDPBackend.CUDNN_ATTENTION), "flash": sdpa(SDPBackend.FLASH_ATTENTION)}
+    with contextlib.suppress(ImportError):
+        from flash_attn_interface import flash_attn_func  # type: ignore[import-not-found]
+
+        def fa3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            y = flash_attn_func(q, k, v, causal=True)
+            return y[0] if isinstance(y, tuple) else y
+
+        found["fa3"] = fa3
+    return found
+
+
+def choose_attention(h: Hyperparameters, runtime: Runtime, log: RunLog) -> Attend:
+    """The fastest kernel whose output and gradients agree with float32 math on this device."""
+    if runtime.device.type != "cuda":
+        log("attention:sdpa (the only one on a CPU)")
+        return sdpa(None)
+    timings: dict[str, float] = {}
+    candidates = attention_candidates()
+    for name, attend in candidates.items():
+        try:
+            error, timings[name] = attention_trial(h, attend, runtime)
+        except Exception as problem:  # a kernel that this driver, GPU or version does not run
+            log(f"attention:{name} refused ({type(problem).__name__}: {str(problem)[:120]})")
+            continue
+        log(f"attention:{name} fwd+bwd:{timings[name]:.3f}ms relative_error:{error:.1e}")
+        if not error < 2e-2:  # bf16 lands near 5e-3
+            del timings[name]
+    if not timings:
+        raise RunError("attention: no kernel is correct here; expected cuDNN or flash attention "
+                       "on compute capability 8.0 or newer; set DEVICE=cpu")
+    best = min(timings, key=lambda name: timings[name])
+    best = list(candidates)[int(runtime.agree_on(list(candidates).index(best)))]
+    log(f"attention:{best} chosen (fastest correct)")
+    return candidates[best]
+
+
+def attention_trial(h: Hyperparameters, attend: Attend, runtime: Runtime) -> tuple[float, float]:
+    """Largest relative error of output and gradients, and median ms of forward + backward."""
+    generator = torch.Generator(runtime.device).manual_seed(0)
+
+    def inputs(sequences: int) -> list[Tensor]:
+        heads = (h.num_heads, h.num_kv_heads, h.num_kv_heads, h.num_heads)
+        shapes = [(sequences, h.train_seq_len, n, h.head_dim) for n in heads]
+        return [torch.randn(s, generator=generator, device=runtime.device).bfloat16()
+                for s in shapes]
+
+    def run(function: Attend, tensors: list[Tensor]) -> list[Tensor]:
+        q, k, v = (t.detach().requires_grad_() for t in tensors[:3])
+        y = function(q, k, v)
+        return [y, *torch.autograd.grad(y, (q, k, v), tensors[3].to(y.dtype))]
+
+    small = inputs(2)
+    exact = run(sdpa(SDPBackend.MATH), [t.float() for t in small])
+    pairs = zip(run(attend, small), exact, strict=True)
+    error = max(float((a.float() - b).norm() / b.norm()) for a, b in pairs)
+    full = inputs(max(1, h.micro_batch_tokens // h.train_seq_len))
+    times = []
+    for _ in range(8):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run(attend, full)
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return error, sorted(times[3:])[2]
+
+
+# -----------------------------------------------------------------------------
+# 7. Model
+
+
+def parameter_shapes(h: Hyperparameters) -> dict[str, tuple[int, ...]]:
+    """Name -> shape.  Matrices of one shape form a bank: first one role for all layers, then the
+    other.  `mlp_bank` holds the down-projections transposed, so that both halves agree."""
+    layers, dim = h.num_layers, h.model_dim
+    return {
+        "tok_emb": (h.vocab_size, dim),
+        "ve_emb": (h.vocab_size, h.ve_dim),
+        "qo_bank": (2 * layers, dim, dim),
+        "kv_bank": (2 * layers, h.kv_dim, dim),
+        "mlp_bank": (2 * layers, h.mlp_hidden, dim),
+        "ve_proj": (1, h.kv_dim, h.ve_dim),
+        "smear_gate": (dim,),
+        "resid_mix": (layers, 2, dim),
+        "attn_scale": (layers, dim),
+        "mlp_scale": (layers, dim),
+        "q_gain": (layers, h.num_heads),
+        "skip_weight": (layers // 2, dim),
+        "ve_scale": (h.ve_layers,),
+    }
+
+
+def initial_weights(h: Hyperparameters) -> dict[str, Tensor]:
+    """float32 starting point from the seed.  Orthogonal where a matrix reads the residual stream
+    (every record since pg#198), zero where one writes to it, so that blocks start as identity."""
+    generator = torch.Generator().manual_seed(h.seed)
+    shapes, layers = parameter_shapes(h), h.num_layers
+    w = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    w["tok_emb"].normal_(std=h.embed_init_std, generator=generator)
+    w["ve_emb"].normal_(std=0.01, generator=generator)
+    readers = (*w["qo_bank"][:layers], *w["kv_bank"], *w["mlp_bank"][:layers])
+    for matrix in readers:
+        nn.init.orthogonal_(matrix, generator=generator)
+    w["resid_mix"][:, 0] = 1.0
+    for name in ("attn_scale", "mlp_scale", "skip_weight"):
+        w[name].fill_(1.0)
+    w["q_gain"].fill_(h.qk_gain_init)
+    w["ve_scale"].fill_(0.1)
+    return w
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    """Unit root mean square over the last dimension, statistics in float32."""
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+def rotary_table(length: int, dims: int, base: float, device: torch.device) -> Tensor:
+    """cos and sin, stacked: (2, T, 1, dims/2) float32."""
+    frequency = base ** (-torch.arange(0, dims, 2, device=device, dtype=torch.float32) / dims)
+    angle = torch.arange(length, device=device, dtype=torch.float32)[:, None] * frequency
+    return torch.stack((angle.cos(), angle.sin()))[:, :, None, :]
+
+
+def apply_rotary(x_BTHE: Tensor, table: Tensor) -> Tensor:
+    """Rotates the first dims of every head, leaves the others: partial RoPE (pg#315)."""
+    half = table.shape[-1]
+    cos, sin = table.to(x_BTHE.dtype)
+    a, b, rest = x_BTHE.split((half, half, x_BTHE.shape[-1] - 2 * half), dim=-1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos, rest), dim=-1)
+
+
+def exclude_self(y_BTHE: Tensor, v_BTKE: Tensor) -> Tensor:
+    """XSA: subtracts from each head's output its projection on the token's own value, so that the
+    head spends itself on the context (pg#287)."""
+    B, T, K, E = v_BTKE.shape
+    y, v = y_BTHE.reshape(B, T, K, -1, E), v_BTKE[:, :, :, None, :]
+    y32, v32 = y.float(), v.float()
+    share = (y32 * v32).sum(-1, keepdim=True) / v32.square().sum(-1, keepdim=True).clamp_min(1e-6)
+    return (y32 - share * v32).to(y.dtype).view(y_BTHE.shape)
+
+
+def smear(x_BTD: Tensor, gate_D: Tensor, inputs_BT: Tensor) -> Tensor:
+    """SmearGate (pg#65): blends the previous token's embedding into each token's, per dimension;
+    never across the start of a document, nor from before the window."""
+    first = torch.arange(inputs_BT.shape[1], device=inputs_BT.device) == 0
+    has_previous = ((inputs_BT != BOS_ID) & ~first)[..., None]
+    previous = F.pad(x_BTD, (0, 0, 1, 0))[:, :-1]
+    return x_BTD + has_previous * torch.sigmoid(gate_D) * (previous - x_BTD)
+
+
+class GPT(nn.Module):
+    """Decoder of L blocks with U-Net skips.  Parameters are banks, named in parameter_shapes."""
+
+    def __init__(self, h: Hyperparameters, weights: Mapping[str, Tensor], attend: Attend):
+        super().__init__()
+        self.h, self.attend = h, attend
+        for name in parameter_shapes(h):
+            self.register_parameter(name, nn.Parameter(weights[name].clone()))
+
+    def forward(self, inputs_BT: Tensor, targets_BT: Tensor, scored: int = 0) -> Tensor:
+        """float32 loss of each target in nats, (B, T); with `scored`, of the last ones only."""
+        x = self.final_hidden(inputs_BT)
+        if scored:
+            x, targets_BT = x[:, -scored:], targets_BT[:, -scored:]
+        logits = F.linear(rms_norm(x), self.tok_emb).float()
+        logits = self.h.logit_softcap * torch.tanh(logits / self.h.logit_softcap)
+        losses = F.cross_entropy(logits.flatten(0, 1), targets_BT.flatten(), reduction="none")
+        return losses.view(targets_BT.shape)
+
+    def final_hidden(self, inputs_BT: Tensor) -> Tensor:
+        """Residual stream after the last block, (B, T, D)."""
+        h, layers = self.h, self.h.num_layers
+        x = smear(rms_norm(F.embedding(inputs_BT, self.tok_emb)), self.smear_gate, inputs_BT)
+        # Projecting the table before the look-up is the same value at V/(B*T) of the work.
+        ve = F.embedding(inputs_BT, F.linear(self.ve_emb, self.ve_proj[0]))
+        rotary = rotary_table(x.shape[1], h.rope_dims, h.rope_base, x.device)
+        # unbind, unlike indexing, gives one backward kernel a bank
+        qo, kv, mlp = self.qo_bank.unbind(0), self.kv_bank.unbind(0), self.mlp_bank.unbind(0)
+        x0, skips = x, []
+        for i in range(layers):
+            if i >= layers - layers // 2:  # decoder half, mirrors the encoder half
+                x = x + self.skip_weight[i - (layers - layers // 2)] * skips.pop()
+            x = self.resid_mix[i, 0] * x + self.resid_mix[i, 1] * x0
+            ve_index = i - (layers - h.ve_layers)
+            added = self.ve_scale[ve_index] * ve if ve_index >= 0 else None
+            weights = qo[i], kv[i], kv[layers + i], self.q_gain[i]
+            y = self.attention(rms_norm(x) * (i + 1) ** -0.5, weights, added, rotary,
+                               xsa=i >= layers - h.xsa_layers)
+            # The output scales are folded into the matrices: exact, and no pass over B*T*D.
+            x = x + F.linear(y, self.attn_scale[i][:, None] * qo[layers + i])
+            up = F.linear(rms_norm(x) * (i + 1) ** -0.5, mlp[i])
+            x = x + F.relu(up).square() @ (mlp[layers + i] * self.mlp_scale[i])
+            if i < layers // 2:
+                skips.append(x)
+        return x
+
+    def attention(self, x_BTD: Tensor, weights: tuple[Tensor, Tensor, Tensor, Tensor],
+                  added_BTC: Tensor | None, rotary: Tensor, *, xsa: bool) -> Tensor:
+        """Heads' outputs before the output projection, (B, T, D)."""
+        w_q, w_k, w_v, gain_H = weights
+        B, T, _ = x_BTD.shape
+        q = F.linear(x_BTD, w_q).view(B, T, -1, self.h.head_dim)
+        k = F.linear(x_BTD, w_k).view(B, T, -1, self.h.head_dim)
+        v = F.linear(x_BTD, w_v)
+        v = (v if added_BTC is None else v + added_BTC).view(B, T, -1, self.h.head_dim)
+        q = apply_rotary(rms_norm(q), rotary) * gain_H[:, None]
+        k = apply_rotary(rms_norm(k), rotary)
+        y = self.attend(q, k, v)
+        if xsa:
+            y = exclude_self(y, v)
+        return y.reshape(B, T, -1)
+
+
+# -----------------------------------------------------------------------------
+# 8. Optimizer and schedules
+
+MATRICES = ("qo_bank", "kv_bank", "mlp_bank", "ve_proj")  # Muon
+TABLES = ("tok_emb", "ve_emb")  # AdamW at embed_lr
+VECTORS = ("smear_gate", "resid_mix", "attn_scale", "mlp_scale", "q_gain", "skip_weight",
+           "ve_scale")  # AdamW at scalar_lr
+
+
+def progress_of(h: Hyperparameters, step: int, elapsed: float) -> float:
+    """Share of the run that is over, in [0, 1]: of the steps or of the clock, the larger."""
+    by_clock = elapsed / h.max_wallclock_seconds if h.max_wallclock_seconds else 0.0
+    return min(1.0, max(step / h.iterations, by_clock))
+
+
+def lr_scale(h: Hyperparameters, progress: float, total_steps: float = 0.0) -> float:
+    """1, then linearly to 0 over the warm-down; `total_steps` turns warmdown_iters to a share."""
+    share = h.warmdown_fraction
+    if h.warmdown_iters:
+        share = min(1.0, h.warmdown_iters / max(total_steps or h.iterations, 1.0))
+    return min(1.0, (1.0 - progress) / share)
+
+
+def muon_momentum(h: Hyperparameters, progress: float) -> float:
+    """Linear warm-up, then constant."""
+    ramp = min(1.0, progress / h.momentum_warmup_fraction) if h.momentum_warmup_fraction else 1.0
+    return h.muon_momentum_start + ramp * (h.muon_momentum - h.muon_momentum_start)
+
+
+def newton_schulz(g_NRC: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
+    """Batched quintic iteration towards the polar factor U V^T of each matrix; singular values
+    end within about 0.7 to 1.2 (Jordan et al., Muon, 2024).  Matrices of zeros stay zero."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = g_NRC.mT if g_NRC.shape[-2] > g_NRC.shape[-1] else g_NRC
+    x = (x / (x.square().sum((-2, -1), keepdim=True).sqrt() + 1e-7)).to(dtype)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if g_NRC.shape[-2] > g_NRC.shape[-1] else x
+
+
+def muon_update(grad: Tensor, momentum: Tensor, master: Tensor, update_scale: Tensor, clip: Tensor,
+                lr: Tensor, beta: Tensor, decay: Tensor, steps: int, dtype: torch.dtype) -> None:
+    """In-place Nesterov momentum, orthogonalisation, decoupled decay of a shard (n, R, C)."""
+    g = grad.float() * clip
+    momentum.lerp_(g, 1 - beta)
+    update = newton_schulz(torch.lerp(g, momentum, beta), steps, dtype).float()
+    master.mul_(1 - lr * decay).sub_(lr * update_scale * update)
+
+
+@dataclass
+class Bank:
+    """One Muon bank on this rank: a slice of n = ceil(N / ranks) matrices of a padded bank."""
+
+    name: str
+    parameter: nn.Parameter  # (N, R, C) working weights, the first rows of `padded`
+    padded: Tensor  # (n * ranks, R, C), receives the all-gather
+    master: Tensor  # (n, R, C) float32
+    momentum: Tensor  # (n, R, C) float32
+    update_scale: Tensor  # (n, 1, 1) float32: sqrt(max(1, fan_out / fan_in))
+    qmax: Tensor  # (n, 1, 1), with ratio the export grid of this rank's matrices
+    ratio: Tensor
+
+
+class Optimizer:
+    """Muon on the banks, sharded over ranks; AdamW on the rest, replicated.
+
+    float32 masters live here; the model holds working weights, which `write_back` rounds from
+    the masters: plainly, or late in the run on the export grid.  The straight-through gradient
+    of rounding is the identity, so late QAT needs nothing in the model's graph.
+
+    Every rank calls `step` with the sum over its tokens of gradients already divided by the
+    global token count; gradients are summed over ranks here, and no other wrapper is needed."""
+
+    def __init__(self, model: GPT, h: Hyperparameters, runtime: Runtime):
+        self.model, self.h, self.runtime = model, h, runtime
+        self.grids = export_grids(h)
+        parameters = dict(model.named_parameters())
+        groups = (*MATRICES, *TABLES, *VECTORS)
+        assert len(set(groups)) == len(groups), "optimizer groups overlap"
+        assert set(groups) == set(parameters), set(groups) ^ set(parameters)
+        self.banks = [self._bank(name, parameters[name]) for name in MATRICES]
+        self.small = {name: parameters[name] for name in (*TABLES, *VECTORS)}
+        # All small gradients and the loss share one buffer, so they need one collective.
+        total = sum(p.numel() for p in self.small.values())
+        self.flat = torch.zeros(total + 1, device=runtime.device)
+        pieces = self.flat[:-1].split([p.numel() for p in self.small.values()])
+        self.small_masters = {}
+        for (name, p), piece in zip(self.small.items(), pieces, strict=True):
+            master = p.detach().float().clone()
+            master.grad = piece.view(p.shape)
+            self.small_masters[name] = master
+        self.adamw = torch.optim.AdamW(
+            [{"params": [self.small_masters[n] for n in names], "base_lr": lr}
+             for names, lr in ((TABLES, h.embed_lr), (VECTORS, h.scalar_lr))],
+            lr=0.0, betas=(h.beta1, h.beta2), eps=h.adam_eps, weight_decay=h.weight_decay,
+            fused=runtime.device.type == "cuda")
+        self.muon_update = runtime.compile(muon_update)
+        self.fake_quantize = runtime.compile(fake_quantize)
+        self.quantize = runtime.compile(quantize)
+        self.qat_step: Tensor | None = None  # 0-d step of the export grid; None: no rounding
+
+    def _bank(self, name: str, parameter: nn.Parameter) -> Bank:
+        world, device = self.runtime.world_size, self.runtime.device
+        count, rows, columns = parameter.shape
+        share = -(-count // world)
+        padded = torch.zeros(share * world, rows, columns, device=device, dtype=parameter.dtype)
+        padded[:count] = parameter.data
+        parameter.data = padded[:count]
+        mine = slice(self.runtime.rank * share, (self.runtime.rank + 1) * share)
+        fans = [rows / columns] * count
+        if name == "mlp_bank":  # the second half is stored transposed
+            fans[count // 2 :] = [columns / rows] * (count // 2)
+        scale = torch.tensor([max(1.0, f) ** 0.5 for f in fans], device=device).view(-1, 1, 1)
+        qmax, ratio = self.grids[name].tensors(device)
+        padding = share * world - count
+        scale, qmax, ratio = (F.pad(t, (0, 0, 0, 0, 0, padding), value=1.0)[mine].clone()
+                              for t in (scale, qmax, ratio))
+        master = padded[mine].float()
+        return Bank(name, parameter, padded, master, torch.zeros_like(master), scale, qmax, ratio)
+
+    @torch.no_grad()
+    def step(self, loss: Tensor, lr: float, momentum: float, gradients: list[Tensor]) -> Tensor:
+        """One update.  `lr` scales every group's own; returns the loss summed over ranks (0-d).
+
+        Gradients come in the order of `model.parameters()`, summed over this rank's tokens."""
+        by_name = dict(zip((n for n, _ in self.model.named_parameters()), gradients, strict=True))
+        shards, pending = self._reduce_scatter(by_name)
+        torch._foreach_copy_([m.grad for m in self.small_masters.values()],
+                             [by_name[name] for name in self.small_masters])
+        self.flat[-1] = loss
+        self.runtime.sum(self.flat)
+        for work in pending:
+            work.wait()
+        squares = torch.stack([s.float().square().sum() for s in shards]).sum()
+        squares = self.runtime.sum(squares) + self.flat[:-1].square().sum()
+        clip = (self.h.grad_clip_norm / (squares.sqrt() + 1e-6)).clamp(max=1.0)
+        # Numbers that change enter compiled code as 0-d tensors, never as Python floats.
+        numbers = [torch.tensor(x) for x in (lr * self.h.matrix_lr, momentum, self.h.weight_decay)]
+        for bank, shard in zip(self.banks, shards, strict=True):
+            self.muon_update(shard, bank.momentum, bank.master, bank.update_scale, clip, *numbers,
+                             self.h.muon_steps, self.runtime.dtype)
+        self.flat[:-1] *= clip
+        for group in self.adamw.param_groups:
+            group["lr"] = lr * group["base_lr"]
+        self.adamw.step()
+        self.write_back()
+        return self.flat[-1].clone()
+
+    def _reduce_scatter(self, gradients: Mapping[str, Tensor]) -> tuple[list[Tensor], list[Any]]:
+        """This rank's matrices of each bank, summed over ranks once the returned work is done."""
+        if self.runtime.world_size == 1:
+            return [gradients[bank.name] for bank in self.banks], []
+        shards, pending = [], []
+        for bank in self.banks:
+            whole = gradients[bank.name].to(bank.padded.dtype)
+            padding = bank.padded.shape[0] - whole.shape[0]
+            whole = F.pad(whole, (0, 0, 0, 0, 0, padding)).contiguous()
+            shard = torch.empty_like(bank.master, dtype=whole.dtype)
+            pending.append(dist.reduce_scatter_tensor(shard, whole, async_op=True))
+            shards.append(shard)
+        return shards, pending
+
+    @torch.no_grad()
+    def write_back(self) -> None:
+        """Working weights from the masters, on the export grid if late QAT is on."""
+        pending = []
+        for bank in self.banks:
+            working = bank.master
+            if self.qat_step is not None:
+                working = self.fake_quantize(working, self.qat_step, bank.qmax, bank.ratio)
+            if self.runtime.world_size == 1:
+                bank.padded.copy_(working)
+            else:
+                shard = working.to(bank.padded.dtype)
+                pending.append(dist.all_gather_into_tensor(bank.padded, shard, async_op=True))
+        working_small = [self._rounded(name) for name in self.small]
+        torch._foreach_copy_(list(self.small.values()), working_small)
+        for work in pending:
+            work.wait()
+
+    def _rounded(self, name: str) -> Tensor:
+        master = self.small_masters[name]
+        if self.qat_step is None or name not in self.grids:
+            return master
+        grid = self.grids[name].tensors(master.device)
+        return self.fake_quantize(master[None], self.qat_step, *grid)[0]
+
+    def start_qat(self, weight_bytes: float) -> float:
+        """Turns late QAT on, on the grid whose entropy fills `weight_bytes`; returns its step."""
+        rounded = {n: (m[None], *self.grids[n].tensors(m.device))
+                   for n, m in self.small_masters.items() if n in self.grids}
+
+        def size_of(step: float) -> float:
+            box, bits = torch.tensor(step, device=self.runtime.device), 0.0
+            for bank in self.banks:
+                bits += entropy_bits(self.quantize(bank.master, box, bank.qmax, bank.ratio)[0])
+            total = torch.tensor(bits, dtype=torch.float64)
+            bits = float(self.runtime.sum(total))
+            bits += sum(entropy_bits(self.quantize(m, box, *g)[0]) for m, *g in rounded.values())
+            return bits / 8
+
+        step = fit_step(size_of, weight_bytes)
+        self.qat_step = torch.tensor(step, device=self.runtime.device)
+        return step
+
+    def masters(self) -> dict[str, Tensor]:
+        """This rank's float32 masters by parameter name; of a bank, its slice."""
+        return {bank.name: bank.master for bank in self.banks} | self.small_masters
+
+    def gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Whole parameters from tensors laid out like `masters()`."""
+        whole = {name: tensors[name].clone() for name in self.small_masters}
+        for bank in self.banks:
+            shard, count = tensors[bank.name].contiguous(), bank.parameter.shape[0]
+            parts = shard.clone()
+            if self.runtime.world_size > 1:
+                parts = shard.new_empty(bank.padded.shape)
+                dist.all_gather_into_tensor(parts, shard)
+            whole[bank.name] = parts[:count]
+        return {name: whole[name] for name, _ in self.model.named_parameters()}
+
+    def snapshot(self) -> Callable[[], None]:
+        """Copies all state of model and optimizer; the returned function puts it back."""
+        tensors = [*self.model.parameters(), *self.small_masters.values()]
+        tensors += [t for bank in self.banks for t in (bank.padded, bank.master, bank.momentum)]
+        saved = [t.detach().clone() for t in tensors]
+        adamw = copy.deepcopy(self.adamw.state_dict())
+        qat_step = self.qat_step
+
+        @torch.no_grad()
+        def restore() -> None:
+            for tensor, value in zip(tensors, saved, strict=True):
+                tensor.copy_(value)
+            self.adamw.load_state_dict(adamw)
+            self.qat_step = qat_step
+
+        return restore
+
+
+# -----------------------------------------------------------------------------
+# 9. Weight averaging
+
+
+class RunningMean:
+    """Tight SWA: the float32 mean of the masters over the end of the warm-down, on the device.
+
+    Uniform over every step while the lr scale is below the threshold; costs one pass."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]):
+        self.mean = {name: t.detach().clone() for name, t in tensors.items()}
+        self.count = 0
+
+    @torch.no_grad()
+    def update(self, tensors: Mapping[str, Tensor]) -> None:
+        self.count += 1
+        new = [tensors[name].detach() for name in self.mean]
+        torch._foreach_lerp_(list(self.mean.values()), new, 1.0 / self.count)
+
+
+# -----------------------------------------------------------------------------
+# 10. Pack, unpack: float weights <-> artifact
+#
+# Bytes: 8 magic, 4 version, 32 SHA-256 of all that follows, 4 length of the header, the header
+# (zstd of JSON: architecture, zstd level, and per tensor its name, shape, kind and the lengths of
+# its frames), then the zstd frames in the header's order.  A rounded tensor has a frame of row
+# scales and one of codes per matrix, so that the entropy coder adapts to each matrix; any other
+# tensor is one frame of float16.  Multi-byte values are stored as byte planes.
+
+ARCHITECTURE = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_hidden",
+                "rope_dims", "rope_base", "xsa_layers", "ve_layers", "ve_dim", "logit_softcap",
+                "train_seq_len")
+
+
+def byte_planes(array: np.ndarray) -> bytes:
+    """First all lowest bytes, then the next: equal exponents end up side by side."""
+    raw = np.frombuffer(array.tobytes(), dtype=np.uint8)
+    return raw.reshape(-1, array.itemsize).T.tobytes()
+
+
+def from_byte_planes(content: bytes, dtype: str) -> np.ndarray:
+    itemsize = np.dtype(dtype).itemsize
+    planes = np.frombuffer(content, dtype=np.uint8).reshape(itemsize, -1)
+    return np.frombuffer(planes.T.tobytes(), dtype=dtype)
+
+
+def tensor_streams(w: Tensor, grid: Grid | None, step: float) -> list[bytes]:
+    """Uncompressed streams of one tensor: scales, then codes per matrix; or float16."""
+    if grid is None:
+        return [byte_planes(w.half().cpu().numpy())]
+    box = torch.tensor(step, device=w.device)
+    codes, scales = quantize(w.reshape(-1, *w.shape[-2:]), box, *grid.tensors(w.device))
+    matrices = codes.cpu().numpy()
+    return [byte_planes(scales.cpu().numpy().astype("<f4"))] + [m.tobytes() for m in matrices]
+
+
+def pack(state: Mapping[str, Tensor], h: Hyperparameters, step: float) -> bytes:
+    """The artifact's bytes; the same input always gives the same bytes."""
+    grids = export_grids(h)
+    streams = {name: tensor_streams(w, grids.get(name), step) for name, w in state.items()}
+
+    def compress(stream: bytes) -> bytes:
+        return zstandard.ZstdCompressor(level=h.zstd_level).compress(stream)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        frames = {name: list(pool.map(compress, parts)) for name, parts in streams.items()}
+    header = {
+        "architecture": {name: getattr(h, name) for name in ARCHITECTURE},
+        "tensors": [{"name": name, "shape": list(w.shape), "frames": [len(f) for f in frames[name]],
+                     "kind": "codes" if name in grids else "float16"}
+                    for name, w in state.items()],
+    }
+    packed_header = compress(json.dumps(header, separators=(",", ":")).encode())
+    body = struct.pack("<I", len(packed_header)) + packed_header
+    body += b"".join(frame for parts in frames.values() for frame in parts)
+    digest = hashlib.sha256(body).digest()
+    return ARTIFACT_MAGIC + struct.pack("<I", ARTIFACT_VERSION) + digest + body
+
+
+def unpack(artifact: bytes, where: str = "artifact") -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Architecture and float32 weights.  Raises RunError for anything but a whole artifact."""
+    remedy = "copy it again or pack it again with RESUME_FROM"
+    if artifact[:8] != ARTIFACT_MAGIC:
+        raise RunError(f"{where}: not an artifact of this program: expected {ARTIFACT_MAGIC!r}, "
+                       f"found {artifact[:8]!r}; name the final_model.ptz of a run")
+    if len(artifact) < 48:
+        raise RunError(f"{where}: truncated, {len(artifact)} bytes found; {remedy}")
+    version = struct.unpack_from("<I", artifact, 8)[0]
+    if version != ARTIFACT_VERSION:
+        raise RunError(f"{where}: expected format version {ARTIFACT_VERSION}, found {version}; "
+                       "use the train_gpt.py that wrote it")
+    if hashlib.sha256(artifact[44:]).digest() != artifact[12:44]:
+        raise RunError(f"{where}: truncated or damaged, its SHA-256 does not match; {remedy}")
+    header_size = struct.unpack_from("<I", artifact, 44)[0]
+    position = 48 + header_size
+    decompressor = zstandard.ZstdDecompressor()
+    header = json.loads(decompressor.decompress(artifact[48:position]))
+    state = {}
+    for entry in header["tensors"]:
+        streams = []
+        for size in entry["frames"]:
+            streams.append(decompressor.decompress(artifact[position : position + size]))
+            position += size
+        state[entry["name"]] = read_tensor(entry["shape"], entry["kind"], streams)
+    return header["architecture"], state
+
+
+def read_tensor(shape: list[int], kind: str, streams: list[bytes]) -> Tensor:
+    """Inverse of `tensor_streams`, through the one `dequantize`."""
+    if kind == "float16":
+        return torch.from_numpy(from_byte_planes(streams[0], "<f2").copy()).view(shape).float()
+    scales = torch.from_numpy(from_byte_planes(streams[0], "<f4").copy())
+    codes = torch.from_numpy(np.frombuffer(b"".join(streams[1:]), dtype=np.int8).copy())
+    rows, columns = shape[-2:]
+    return dequantize(codes.view(-1, rows, columns), scales.view(-1, rows, 1)).view(shape)
+
+
+def coded_bytes(state: Mapping[str, Tensor], h: Hyperparameters, step: float) -> float:
+    """Entropy of all rounded tensors at `step`: what an ideal order-0 coder would need."""
+    bits = 0.0
+    for name, grid in export_grids(h).items():
+        w = state[name]
+        box = torch.tensor(step, device=w.device)
+        codes, _ = quantize(w.reshape(-1, *w.shape[-2:]), box, *grid.tensors(w.device))
+        bits += entropy_bits(codes)
+    return bits / 8
+
+
+def pack_to_budget(state: Mapping[str, Tensor], h: Hyperparameters, budget: int,
+                   log: Callable[[str], None]) -> bytes:
+    """The finest artifact of fewer than `budget` bytes, by at most six packings.
+
+    Entropy predicts the size; the first real packing calibrates the prediction, the next ones
+    close the gap.  Raises RunError if the weights are not finite or nothing fits."""
+    for name, w in state.items():
+        if not torch.isfinite(w).all() or (name not in export_grids(h) and w.abs().max() > 65504):
+            raise RunError(f"export: {name} holds NaN, infinity or values past float16; "
+                           "train with a lower learning rate")
+    best, overhead = b"", 0.0
+    for _ in range(6):
+        target = budget * 0.9995 - overhead
+        step = fit_step(lambda s: coded_bytes(state, h, s), target)
+        entropy = coded_bytes(state, h, step)
+        blob = pack(state, h, step)
+        log(f"pack step:{step:.6g} entropy_bytes:{entropy:.0f} packed_bytes:{len(blob)} "
+            f"budget:{budget}")
+        fits = len(blob) < budget
+        if fits and len(blob) > len(best):
+            best = blob
+        if fits and (len(blob) >= 0.998 * budget or entropy < 0.99 * target):
+            return best  # full, or as fine as the code range allows
+        overhead = len(blob) - entropy
+    if not best:
+        raise RunError(f"export: no step fits {budget} bytes; raise ARTIFACT_BYTES or lower "
+                       "MLP_HIDDEN")
+    return best
+
+
+# -----------------------------------------------------------------------------
+# 11. Evaluation
+
+
+@dataclass(frozen=True)
+class Score:
+    """Sum over a split: nats, tokens scored, UTF-8 bytes they stand for, seconds taken."""
+
+    nats: float
+    tokens: int
+    text_bytes: int
+    seconds: float
+
+    @property
+    def loss(self) -> float:
+        return self.nats / self.tokens
+
+    @property
+    def bpb(self) -> float:
+        return self.nats / math.log(2) / self.text_bytes
+
+    def __str__(self) -> str:
+        return f"val_loss:{self.loss:.8f} val_bpb:{self.bpb:.8f} eval_time:{self.seconds:.1f}s"
+
+
+class Evaluator:
+    """Scores every token after the first exactly once, from its past only.
+
+    Plain windows do not overlap.  Sliding windows start `stride` apart; the first scores all its
+    positions, each later one its last `stride`, so every token has at least T - stride tokens of
+    context once there are so many.  Windows are dealt to ranks; sums are float64."""
+
+    def __init__(self, h: Hyperparameters, runtime: Runtime, tokens: np.ndarray, table: ByteTable):
+        self.h, self.runtime = h, runtime
+        self.targets = len(tokens) - 1
+        if self.targets < 1:
+            raise RunError("validation split: expected at least 2 tokens; build it again")
+        self.text_bytes = table.count(tokens)
+        self.tokens = torch.from_numpy(tokens.astype(np.int32)).to(runtime.device)
+        self.rows = max(1, h.val_batch_size // h.train_seq_len // runtime.world_size)
+        self.losses = runtime.compile(GPT.forward)
+
+    def starts(self, stride: int) -> tuple[range, range]:
+        """First tokens of the windows scored whole, and of those scored by their last stride."""
+        seq_len = self.h.train_seq_len
+        if stride in (0, seq_len):
+            return range(0, self.targets, seq_len), range(0)
+        return range(1), range(stride, max(self.targets - seq_len + stride, stride), stride)
+
+    @torch.no_grad()
+    def score(self, model: GPT, stride: int = 0) -> Score:
+        """Plain (stride 0) or sliding windows over the whole split."""
+        began = time.perf_counter()
+        whole, sliding = self.starts(stride)
+        sums = self._sum(model, whole, self.h.train_seq_len) + self._sum(model, sliding, stride)
+        nats, tokens = self.runtime.sum(sums).tolist()
+        assert int(tokens) == self.targets, f"scored {tokens} tokens, expected {self.targets}"
+        return Score(nats, self.targets, self.text_bytes, time.perf_counter() - began)
+
+    def _sum(self, model: GPT, starts: range, scored: int) -> Tensor:
+        """float64 (nats, tokens) of this rank's share of the windows."""
+        runtime, seq_len = self.runtime, self.h.train_seq_len
+        sums = torch.zeros(2, dtype=torch.float64, device=runtime.device)
+        if not starts:
+            return sums
+        mine = torch.tensor(starts[runtime.rank :: runtime.world_size], dtype=torch.int64)
+        for first in mine.split(self.rows):
+            # The last batch is filled up with windows past the end, which score nothing.
+            first = F.pad(first, (0, self.rows - len(first)), value=self.targets)
+            position = first.to(runtime.device)[:, None] + torch.arange(
+                seq_len + 1, device=runtime.device)
+            window = self.tokens[position.clamp(max=self.targets)].long()
+            losses = self.losses(model, window[:, :-1], window[:, 1:],
+                                 scored if scored < seq_len else 0)
+            valid = position[:, -scored:] <= self.targets
+            sums[0] += torch.where(valid, losses.double(), 0.0).sum()
+            sums[1] += valid.sum()
+        return sums
+
+    @torch.no_grad()
+    def warm_up(self, model: GPT) -> None:
+        """Compiles the evaluation graphs on dummy tokens."""
+        window = torch.zeros(self.rows, self.h.train_seq_len + 1, dtype=torch.int64,
+                             device=self.runtime.device)
+        for scored in {0, self.h.eval_stride}:
+            self.losses(model, window[:, :-1], window[:, 1:], scored)
+
+
+# -----------------------------------------------------------------------------
+# 12. Training
+
+
+def batch_layout(h: Hyperparameters, world_size: int) -> tuple[int, int, int]:
+    """(sequences a step, sequences a rank, micro-batches a rank).  Raises RunError if uneven."""
+    sequences = h.train_batch_tokens // h.train_seq_len
+    if sequences % world_size:
+        raise RunError(f"TRAIN_BATCH_TOKENS={h.train_batch_tokens}: {sequences} sequences do not "
+                       f"divide over {world_size} ranks; set a multiple of "
+                       f"{h.train_seq_len * world_size} or change --nproc_per_node")
+    local = sequences // world_size
+    most = h.micro_batch_tokens // h.train_seq_len
+    micro = next(n for n in range(1, local + 1) if local % n == 0 and local // n <= most)
+    return sequences, local, micro
+
+
+def graph_count() -> int:
+    """Graphs compiled by this process so far."""
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+class Trainer:
+    """Model, optimizer and averages, and the one `train_step` that warm-up and training share."""
+
+    def __init__(self, h: Hyperparameters, runtime: Runtime, attend: Attend):
+        self.h, self.runtime = h, runtime
+        weights = {name: w.to(runtime.device, runtime.dtype)
+                   for name, w in initial_weights(h).items()}
+        self.model = GPT(h, weights, attend)
+        self.optimizer = Optimizer(self.model, h, runtime)
+        self.average = RunningMean(self.optimizer.masters())
+        self.sequences, self.local, self.micro = batch_layout(h, runtime.world_size)
+        self.loss = runtime.compile(self.mean_loss)
+
+    @staticmethod
+    def mean_loss(model: GPT, tokens: Tensor, share: float) -> Tensor:
+        """Mean loss over the micro-batch (b, T+1), times its share of the global batch."""
+        return model(tokens[:, :-1], tokens[:, 1:]).mean() * share
+
+    def train_step(self, tokens: Tensor, lr: float, momentum: float) -> Tensor:
+        """One optimizer step on this rank's (local, T+1) tokens; the global mean loss, 0-d."""
+        share = 1.0 / (self.micro * self.runtime.world_size)
+        parameters = list(self.model.parameters())
+        total: Tensor | None = None
+        sums: list[Tensor] = []
+        for micro in tokens.chunk(self.micro):
+            loss = self.loss(self.model, micro, share)
+            gradients = torch.autograd.grad(loss, parameters)
+            total = loss.detach() if total is None else total + loss.detach()
+            if self.micro == 1:
+                sums = list(gradients)
+            elif not sums:  # micro-batches add up in float32
+                sums = [g.float() for g in gradients]
+            else:
+                torch._foreach_add_(sums, list(gradients))
+        assert total is not None
+        return self.optimizer.step(total, lr, momentum, sums)
+
+    def warm_up(self, evaluator: Evaluator) -> None:
+        """Compiles and runs every graph on random tokens, then undoes it bit for bit."""
+        h, device = self.h, self.runtime.device
+        rng = [torch.get_rng_state()]
+        if device.type == "cuda":
+            rng.append(torch.cuda.get_rng_state())
+        restore = self.optimizer.snapshot()
+        generator = torch.Generator(device).manual_seed(self.runtime.rank)
+        shape = (self.local, h.train_seq_len + 1)
+        for qat in (False, True):
+            if qat:
+                self.optimizer.start_qat(self.weight_bytes())
+            for _ in range(max(1, h.warmup_steps)):
+                tokens = torch.randint(h.vocab_size, shape, generator=generator, device=device)
+                self.train_step(tokens, 1.0, h.muon_momentum)
+        evaluator.warm_up(self.model)
+        restore()
+        self.average = RunningMean(self.optimizer.masters())
+        torch.set_rng_state(rng[0])
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(rng[1])
+
+    def weight_bytes(self) -> float:
+        """Bytes left for codes: the cap less code, float tensors and zstd's 1 % over entropy."""
+        floats = sum(2 * p.numel() for name, p in self.model.named_parameters()
+                     if name not in self.optimizer.grids)
+        return (self.h.artifact_bytes - SOURCE.stat().st_size - floats) * 0.99
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What training leaves: whole float32 weights on every rank, and the facts for the report."""
+
+    trained: dict[str, Tensor]
+    averaged: dict[str, Tensor]
+    facts: dict[str, Any]
+
+
+@dataclass
+class Flight:
+    """A step the device may still be working on."""
+
+    step: int
+    loss: Tensor  # pinned on the host where there is a GPU
+    done: torch.cuda.Event | None
+
+
+class StepQueue:
+    """Keeps the host at most two steps ahead of the device: the device never waits for Python,
+    and every loss and time read here is of a finished step, so reading costs nothing."""
+
+    def __init__(self, h: Hyperparameters, log: RunLog, watch: Stopwatch, depth: int = 2):
+        self.h, self.log, self.watch, self.depth = h, log, watch, depth
+        self.flights: collections.deque[Flight] = collections.deque()
+        self.ends: collections.deque[float] = collections.deque(maxlen=17)
+        self.last_loss = math.nan
+
+    def push(self, step: int, loss: Tensor) -> None:
+        done = None
+        if loss.device.type == "cuda":
+            host = torch.empty((), dtype=loss.dtype, pin_memory=True)
+            loss = host.copy_(loss, non_blocking=True)
+            done = torch.cuda.Event()
+            done.record()
+        self.flights.append(Flight(step, loss, done))
+        while len(self.flights) > self.depth:
+            self.land()
+
+    def land(self) -> None:
+        """Waits for the oldest step; raises RunError if its loss is not finite."""
+        flight = self.flights.popleft()
+        if flight.done:
+            flight.done.synchronize()
+        loss, now, step = float(flight.loss), self.watch.elapsed(), flight.step
+        self.ends.append(now)
+        if not math.isfinite(loss):
+            raise RunError(f"step {step}: the loss is {loss} (last finite: {self.last_loss:.4f}); "
+                           "lower MATRIX_LR, EMBED_LR or SCALAR_LR")
+        self.last_loss = loss
+        if step <= 10 or step % self.h.train_log_every == 0:
+            self.log(f"step:{step}/{self.h.iterations} train_loss:{loss:.4f} "
+                     f"train_time:{now * 1e3:.0f}ms step_avg:{now * 1e3 / step:.2f}ms")
+
+    def drain(self) -> None:
+        while self.flights:
+            self.land()
+
+    def step_seconds(self) -> float:
+        """Recent seconds per step; 0 before two steps have ended."""
+        if len(self.ends) < 2:
+            return 0.0
+        return (self.ends[-1] - self.ends[0]) / (len(self.ends) - 1)
+
+    def projected(self, more: int) -> float:
+        """Clock at which the device will have finished what is queued and `more` steps."""
+        return self.watch.elapsed() + (len(self.flights) + more) * self.step_seconds()
+
+
+def train(h: Hyperparameters, runtime: Runtime, log: RunLog, evaluator: Evaluator,
+          trainer: Trainer, plan: BatchPlan) -> TrainingResult:
+    """Warm-up, then the loop under the clock."""
+    began = time.perf_counter()
+    trainer.warm_up(evaluator)
+    graphs = graph_count()
+    log(f"warm-up:{time.perf_counter() - began:.1f}s graphs:{graphs}")
+    first = runtime.rank * trainer.local
+    loader = prefetch(plan, range(first, first + trainer.local), h.vocab_size, runtime.device)
+    watch = Stopwatch(runtime)
+    steps = StepQueue(h, log, watch)
+    optimizer, qat_from, swa_from, step = trainer.optimizer, 0, 0, 0
+    runtime.barrier()
+    watch.start()
+    while step < h.iterations:
+        cap = h.max_wallclock_seconds
+        ends_late = bool(cap) and steps.projected(2) > cap  # one step of margin
+        elapsed = runtime.agree_on(-1.0 if ends_late else watch.elapsed())  # rank 0's clock
+        if elapsed < 0:
+            break
+        if h.val_loss_every and step and step % h.val_loss_every == 0:
+            steps.drain()
+            watch.stop()
+            log(f"step:{step}/{h.iterations} {evaluator.score(trainer.model)} "
+                f"train_time:{watch.elapsed() * 1e3:.0f}ms")
+            watch.start()
+        progress = progress_of(h, step, elapsed)
+        total_steps = min(h.iterations, step / progress if progress else h.iterations)
+        lr = lr_scale(h, progress, total_steps)
+        step += 1
+        if lr < h.qat_threshold and not qat_from:
+            qat_from = step
+            grid_step = optimizer.start_qat(trainer.weight_bytes())
+            log(f"late_qat:on step:{step} lr_scale:{lr:.4f} grid_step:{grid_step:.6g}")
+        loss = trainer.train_step(next(loader), lr, muon_momentum(h, progress))
+        if lr < h.swa_threshold:
+            swa_from = swa_from or step
+            trainer.average.update(optimizer.masters())
+        steps.push(step, loss)
+    steps.drain()
+    watch.stop()
+    loader.close()
+    facts = {
+        "step_stop": step, "wallclock_seconds": round(watch.elapsed(), 3),
+        "step_avg_ms": round(watch.elapsed() * 1e3 / step, 3), "final_train_loss": steps.last_loss,
+        "qat_steps": step + 1 - qat_from if qat_from else 0, "swa_steps": trainer.average.count,
+        "graphs_compiled_on_clock": graph_count() - graphs,
+    }
+    log("training " + " ".join(f"{k}:{v}" for k, v in facts.items()))
+    trained = optimizer.gather(optimizer.masters())
+    averaged = optimizer.gather(trainer.average.mean) if trainer.average.count else trained
+    return TrainingResult(trained, averaged, facts)
+
+
+# -----------------------------------------------------------------------------
+# 13. Report and main
+
+
+def environment_facts(runtime: Runtime) -> dict[str, Any]:
+    """Versions and hardware, for the log and the submission."""
+    cuda = runtime.device.type == "cuda"
+    name = torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        commit = subprocess.run(["git", "-C", str(SOURCE.parent), "rev-parse", "HEAD"],
+                                capture_output=True, text=True, timeout=10).stdout.strip()
+    return {
+        "hardware": f"{runtime.world_size} x {name}" if cuda else f"{os.cpu_count()} CPU cores",
+        "python_version": platform.python_version(), "pytorch_version": torch.__version__,
+        "cuda_version": torch.version.cuda if cuda else None,
+        "cudnn_version": torch.backends.cudnn.version() if cuda else None,
+        "numpy_version": np.__version__, "zstandard_version": zstandard.__version__,
+        "sentencepiece_version": sentencepiece.__version__, "commit": locals().get("commit"),
+    }
+
+
+def dataset_label(h: Hyperparameters, evaluator: Evaluator) -> str:
+    """`sample`, the published split's name if the token count is its own, else `proxy`."""
+    if "sample" in Path(h.data_path).name:
+        return "sample"
+    official = FINEWEB_VAL_TOKENS.get(h.vocab_size)
+    usable = evaluator.targets // 2048 * 2048  # the challenge drops the tail
+    return f"fineweb10B_sp{h.vocab_size}" if usable == official else "proxy"
+
+
+def submission(h: Hyperparameters, runtime: Runtime, evaluator: Evaluator,
+               scores: Mapping[str, Score], facts: Mapping[str, Any], size: int) -> dict[str, Any]:
+    """The content of submission.json; `size` is the artifact's, without the code."""
+    plain, headline = scores["packed"], scores.get("sliding", scores["packed"])
+    code = SOURCE.stat().st_size
+    dataset = dataset_label(h, evaluator)
+    seed_result = {
+        "val_loss": headline.loss, "val_bpb": headline.bpb, "val_bpb_roundtrip": plain.bpb,
+        "artifact_bytes": code + size, "steps": facts.get("step_stop"),
+        "step_avg_ms": facts.get("step_avg_ms"),
+    }
+    stages = {f"{stage}_val_bpb": scores[stage].bpb for stage in ("trained", "averaged")
+              if stage in scores}
+    return {
+        "author": h.author, "github_id": h.github_id, "name": h.run_id,
+        "blurb": f"{h.num_layers}L x {h.model_dim}, partial RoPE, XSA, value embedding, SmearGate, "
+                 "Muon, tight SWA, late QAT on the export grid, budget-fitted int6/int8, zstd",
+        "date": datetime.date.today().isoformat(), "track": "10min_16mb", "dataset": dataset,
+        "hardware": environment_facts(runtime)["hardware"],
+        "pytorch_version": torch.__version__, "model_params": h.parameters(),
+        "val_loss": headline.loss, "val_bpb": headline.bpb, "val_bpb_roundtrip": plain.bpb,
+        **stages, "eval_stride": h.eval_stride, "val_tokens": evaluator.targets,
+        "bytes_total": code + size, "bytes_code": code, "bytes_model_int6_zstd": size, **facts,
+        "eval_time_seconds": round(sum(s.seconds for s in scores.values()), 3),
+        "seeds": [h.seed], "seed_results": {str(h.seed): seed_result},
+    }
+
+
+def with_sample(h: Hyperparameters, runtime: Runtime) -> Hyperparameters:
+    """DATA_PATH=sample -> paths of the built-in corpus, built by one process if missing."""
+    if h.data_path != "sample":
+        return h
+    from prepare_data import build_sample
+
+    data, tokenizer = build_sample(SOURCE.parent / "data", h.vocab_size)
+    return dataclasses.replace(h, data_path=str(data), tokenizer_path=str(tokenizer))
+
+
+def load_model(h: Hyperparameters, runtime: Runtime, state: Mapping[str, Tensor],
+               attend: Attend) -> GPT:
+    """A fresh model with the given float32 weights as working weights."""
+    weights = {name: w.to(runtime.device, runtime.dtype) for name, w in state.items()}
+    return GPT(h, weights, attend)
+
+
+def checked_state(h: Hyperparameters, architecture: Mapping[str, Any], where: str) -> None:
+    """Raises RunError if an artifact or checkpoint is of another architecture than `h`."""
+    for name in ARCHITECTURE:
+        if architecture.get(name) != getattr(h, name):
+            raise RunError(f"{where}: holds {name}={architecture.get(name)}, expected "
+                           f"{getattr(h, name)}; set {name.upper()}={architecture.get(name)}")
+
+
+def pack_and_save(h: Hyperparameters, runtime: Runtime, log: RunLog,
+                  averaged: Mapping[str, Tensor], path: Path) -> None:
+    """Rank 0 packs to the budget and writes the artifact; all ranks return when it is on disk."""
+    fault = ""
+    if runtime.is_main:
+        began = time.perf_counter()
+        try:
+            budget = h.artifact_bytes - SOURCE.stat().st_size
+            write_atomic(path, pack_to_budget(averaged, h, budget, log))
+            log(f"pack_time:{time.perf_counter() - began:.1f}s")
+        except RunError as error:
+            fault = str(error)
+        except OSError as error:
+            fault = f"{path}: cannot be written ({error.strerror}); free space, then RESUME_FROM"
+    runtime.agree_on_faults(fault)
+
+
+def obtain_weights(h: Hyperparameters, runtime: Runtime, log: RunLog, evaluator: Evaluator,
+                   attend: Attend) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """Float weights by stage, from training or from RESUME_FROM, and the facts of training."""
+    if h.resume_from:
+        try:
+            saved = torch.load(h.resume_from, map_location=runtime.device, weights_only=True)
+        except Exception as error:
+            raise RunError(f"RESUME_FROM={h.resume_from}: cannot be read ({error}); name the "
+                           "final_model.pt of a run") from None
+        checked_state(h, saved["architecture"], h.resume_from)
+        return {"averaged": saved["averaged"]}, saved["facts"]
+    plan = BatchPlan(open_split(h.data_path, "train"), h.train_seq_len,
+                     h.train_batch_tokens // h.train_seq_len, h.seed)
+    trainer = Trainer(h, runtime, attend)
+    result = train(h, runtime, log, evaluator, trainer, plan)
+    if runtime.is_main:
+        saved = {"architecture": {n: getattr(h, n) for n in ARCHITECTURE}, "facts": result.facts,
+                 "averaged": {n: w.cpu() for n, w in result.averaged.items()}}
+        path = Path(h.output_dir) / "final_model.pt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(saved, path.with_suffix(".pt.tmp"))
+        os.replace(path.with_suffix(".pt.tmp"), path)
+    return {"trained": result.trained, "averaged": result.averaged}, result.facts
+
+
+def run(h: Hyperparameters, runtime: Runtime) -> None:
+    """The stages: data -> train -> save -> pack -> score what is on disk -> report."""
+    out = Path(h.output_dir)
+    log = RunLog(out / ("eval.log" if h.eval_only else "train.log") if runtime.is_main else None)
+    log(SOURCE.read_text(), quiet=True)
+    log("=" * 80, quiet=True)
+    log(json.dumps(dataclasses.asdict(h), indent=1), quiet=True)
+    log(json.dumps(environment_facts(runtime)))
+    batch_layout(h, runtime.world_size)
+    tokens = np.concatenate(open_split(h.data_path, "val"))
+    check_vocabulary(tokens, h.vocab_size, f"{h.data_path}/fineweb_val_*.bin")
+    evaluator = Evaluator(h, runtime, tokens, load_byte_table(h.tokenizer_path, h.vocab_size))
+    label = dataset_label(h, evaluator)
+    log(f"dataset:{label} val_tokens:{evaluator.targets} val_bytes:{evaluator.text_bytes} "
+        f"model_params:{h.parameters()} world_size:{runtime.world_size} seed:{h.seed}")
+    attend = choose_attention(h, runtime, log)
+    scores: dict[str, Score] = {}
+    facts: dict[str, Any] = {}
+    artifact = Path(h.eval_only or out / "final_model.ptz")
+    if not h.eval_only:
+        stages, facts = obtain_weights(h, runtime, log, evaluator, attend)
+        for stage, state in stages.items():
+            scores[stage] = evaluator.score(load_model(h, runtime, state, attend))
+            log(f"stage:{stage} {scores[stage]}")
+        pack_and_save(h, runtime, log, stages["averaged"], artifact)
+    try:
+        content = artifact.read_bytes()
+    except OSError as error:
+        raise RunError(f"EVAL_ONLY={artifact}: cannot be read ({error.strerror}); name the "
+                       "final_model.ptz of a run") from None
+    architecture, state = unpack(content, str(artifact))
+    checked_state(h, architecture, str(artifact))
+    model = load_model(h, runtime, state, attend)
+    scores["packed"] = evaluator.score(model)
+    log(f"final_int6_zstd_roundtrip_exact {scores['packed']}")
+    if h.eval_stride:
+        scores["sliding"] = evaluator.score(model, h.eval_stride)
+        log(f"final_int6_zstd_sliding_exact stride:{h.eval_stride} {scores['sliding']}")
+    report = submission(h, runtime, evaluator, scores, facts, len(content))
+    if runtime.is_main and not h.eval_only:
+        write_atomic(out / "submission.json", (json.dumps(report, indent=2) + "\n").encode())
+    if runtime.device.type == "cuda":
+        log(f"peak_memory:{torch.cuda.max_memory_allocated() / 2**30:.2f}GiB")
+    log(f"val_bpb:{report['val_bpb']:.8f} dataset:{label} bytes_total:{report['bytes_total']} "
+        f"(code {report['bytes_code']} + model {report['bytes_model_int6_zstd']}, cap "
+        f"{h.artifact_bytes})")
+
+
+def main() -> int:
+    """Exit status: 0, or 1 with one message on stderr."""
+    runtime = None
+    rank = os.environ.get("RANK", "0")
+    try:
+        h = Hyperparameters.from_env(os.environ)
+        runtime = Runtime.start(h, os.environ)
+        fault = ""
+        try:
+            if runtime.is_main:
+                h = with_sample(h, runtime)
+        except RunError as error:
+            fault = str(error)
+        runtime.agree_on_faults(fault)
+        h = with_sample(h, runtime)
+        run(h, runtime)
+        return 0
+    except LocalError as error:
+        print(f"error (rank {rank}): {error}", file=sys.stderr, flush=True)
+        os._exit(1)  # the other ranks are inside collectives; torchrun ends them
+    except RunError as error:
+        if rank == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        if runtime:
+            runtime.barrier()
+        return 1
+    except Exception:
+        traceback.print_exc()
+        os._exit(1)
+    finally:
+        if runtime:
+            runtime.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
