@@ -1,0 +1,432 @@
+"""Claims about prepare_data.py, checked on the real sample (built once) and on small texts."""
+
+import gzip
+import json
+import lzma
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import sentencepiece
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import prepare_data  # noqa: E402
+
+REPO = Path(prepare_data.__file__).parent
+HEADER_BYTES = 1024
+WORDS = ["river", "stone", "lantern", "quiet", "harbour", "seventeen", "violet", "engine", "winter"]
+DOCUMENTS = [
+    f"Document {i}: the {WORDS[i % 9]} meets the {WORDS[i * 7 % 9]}.\n\n"
+    f"  indented\tline {i * i}, caf\u00e9 \u6f22\u5b57 \U0001f600 " + " ".join(WORDS[i % 7 :])
+    for i in range(60)
+]
+
+
+def read_shard(path: Path) -> np.ndarray:
+    return np.fromfile(path, dtype="<u2", offset=HEADER_BYTES)
+
+
+def read_texts(dataset: Path, split: str, tokenizer: Path) -> list[str]:
+    """Decode a split document by document, cutting at BOS as a consumer of the format would."""
+    tokens = np.concatenate([read_shard(p) for p in sorted(dataset.glob(f"fineweb_{split}_*"))])
+    starts = np.flatnonzero(tokens == 1)
+    assert starts[0] == 0
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
+    return [processor.decode(part[1:].tolist()) for part in np.split(tokens, starts[1:])]
+
+
+def files_in(root: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+
+def text_command(root: Path, *arguments: object, vocab: int = 400) -> tuple[Path, Path]:
+    prepare_data.main(["text", "--root", str(root), f"--vocab={vocab}", *map(str, arguments)])
+    return root / f"datasets/text_sp{vocab}", root / f"tokenizers/text_{vocab}_bpe.model"
+
+
+def failure(*arguments: object) -> str:
+    """Run a command that must fail and return its message, which must be a single line."""
+    with pytest.raises(SystemExit) as caught:
+        prepare_data.main([str(argument) for argument in arguments])
+    message = str(caught.value)
+    assert message.startswith("prepare_data: ") and "\n" not in message
+    return message
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """The real sample, with the documents that went into it recorded on the way."""
+    root = tmp_path_factory.mktemp("sample")
+    parts: list[tuple[list[str], list[str], bytes]] = []
+    make = prepare_data.sample_parts
+
+    def recording(vocab_size: int) -> tuple[list[str], list[str], bytes]:
+        parts.append(make(vocab_size))
+        return parts[0]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare_data, "sample_parts", recording)
+        dataset, tokenizer = prepare_data.build_sample(root)
+    return SimpleNamespace(
+        root=root, dataset=dataset, tokenizer=tokenizer, train=parts[0][0], val=parts[0][1]
+    )
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    path = tmp_path / "documents.txt"
+    path.write_bytes("\0".join(DOCUMENTS).encode())
+    return path
+
+
+def test_sample_lands_at_the_documented_paths(sample: SimpleNamespace) -> None:
+    assert sample.dataset == sample.root / "datasets/sample_sp1024"
+    assert sample.tokenizer == sample.root / "tokenizers/sample_1024_bpe.model"
+    assert {p.name for p in sample.dataset.iterdir()} == {
+        "fineweb_train_000000.bin", "fineweb_val_000000.bin", "manifest.json",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_shard_header_is_exact(sample: SimpleNamespace, split: str) -> None:
+    path = sample.dataset / f"fineweb_{split}_000000.bin"
+    header = np.frombuffer(path.read_bytes()[:HEADER_BYTES], dtype="<i4")
+    count = (path.stat().st_size - HEADER_BYTES) // 2
+    assert header.tolist() == [20240520, 1, count] + [0] * 253
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_one_bos_per_document_and_ids_below_vocab(sample: SimpleNamespace, split: str) -> None:
+    tokens = read_shard(sample.dataset / f"fineweb_{split}_000000.bin")
+    assert tokens[0] == 1
+    assert np.count_nonzero(tokens == 1) == len(getattr(sample, split))
+    assert tokens.max() < 1024
+    assert not np.isin(tokens, (0, 2, 3)).any(), "padding, EOS or unknown tokens in the data"
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_sample_decodes_to_its_source_byte_for_byte(sample: SimpleNamespace, split: str) -> None:
+    documents = getattr(sample, split)
+    assert read_texts(sample.dataset, split, sample.tokenizer) == documents
+    manifest = json.loads((sample.dataset / "manifest.json").read_text())["splits"][split]
+    assert manifest["bytes"] == sum(len(text.encode()) for text in documents)
+    assert manifest["documents"] == len(documents)
+
+
+def test_leading_space_appears_at_most_once_and_first_in_a_piece(sample: SimpleNamespace) -> None:
+    """Byte accounting charges one byte for a leading U+2581 and UTF-8 bytes for the rest."""
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(sample.tokenizer))
+    pieces = [processor.id_to_piece(i) for i in range(processor.vocab_size())]
+    assert len(pieces) == 1024
+    assert not [piece for piece in pieces if "\u2581" in piece[1:]]
+    texts = read_texts(sample.dataset, "val", sample.tokenizer)
+    assert not [text for text in texts if text != text.strip()]
+
+
+def test_sample_val_has_60k_to_250k_tokens(sample: SimpleNamespace) -> None:
+    assert 60_000 <= prepare_data.count_tokens(sample.dataset / "fineweb_val_000000.bin") <= 250_000
+
+
+def test_no_val_document_is_in_train(sample: SimpleNamespace) -> None:
+    train = "\0".join(sample.train)
+    assert not set(sample.val) & set(sample.train)
+    assert len(set(sample.train)) == len(sample.train)
+    assert not [text for text in sample.val if text in train]
+
+
+def test_second_sample_call_changes_nothing(sample: SimpleNamespace) -> None:
+    before = {p: p.stat().st_mtime_ns for p in sample.root.rglob("*")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare_data, "sample_parts", lambda vocab: pytest.fail("built again"))
+        assert prepare_data.build_sample(sample.root) == (sample.dataset, sample.tokenizer)
+    assert {p: p.stat().st_mtime_ns for p in sample.root.rglob("*")} == before
+
+
+def test_sample_is_byte_identical_under_another_hash_seed(tmp_path: Path) -> None:
+    script = (
+        "import sys, itertools, pathlib, prepare_data as p\n"
+        "texts = p.module_texts\n"
+        "p.module_texts = lambda: itertools.islice(texts(), 200)\n"
+        "p.build_sample(pathlib.Path(sys.argv[1]))\n"
+    )
+    runs = [
+        subprocess.Popen([sys.executable, "-c", script, str(tmp_path / seed)], cwd=REPO,
+                         env={**os.environ, "PYTHONHASHSEED": seed})
+        for seed in ("1", "2")
+    ]  # fmt: skip
+    assert [run.wait() for run in runs] == [0, 0]
+    first, second = files_in(tmp_path / "1"), files_in(tmp_path / "2")
+    assert first == second and len(first) == 5
+
+
+def test_text_round_trips_and_splits_all_documents(tmp_path: Path, source: Path) -> None:
+    dataset, tokenizer = text_command(tmp_path, source, "--val-fraction", 0.2)
+    train, val = (read_texts(dataset, split, tokenizer) for split in ("train", "val"))
+    assert sorted(train + val) == sorted(DOCUMENTS)
+    total = sum(len(text.encode()) for text in DOCUMENTS)
+    assert 0.15 * total < sum(len(text.encode()) for text in val) <= 0.2 * total
+
+
+@pytest.mark.parametrize(("suffix", "pack"), [(".gz", gzip.compress), (".xz", lzma.compress)])
+def test_compressed_text_gives_the_same_tokens(
+    tmp_path: Path, source: Path, suffix: str, pack: Callable[[bytes], bytes]
+) -> None:
+    packed = tmp_path / f"packed{suffix}"
+    packed.write_bytes(pack(source.read_bytes()))
+    plain, _ = text_command(tmp_path / "plain", source)
+    unpacked, _ = text_command(tmp_path / "packed", packed)
+    assert files_in(plain) == files_in(unpacked)
+
+
+def test_text_drops_duplicate_and_blank_documents(tmp_path: Path, source: Path) -> None:
+    repeated = tmp_path / "repeated.txt"
+    repeated.write_bytes("\0".join([DOCUMENTS[0], " \n ", "", DOCUMENTS[1]]).encode())
+    dataset, tokenizer = text_command(tmp_path, source, repeated)
+    texts = [text for split in ("train", "val") for text in read_texts(dataset, split, tokenizer)]
+    assert sorted(texts) == sorted(DOCUMENTS)
+
+
+def test_the_space_mark_of_sentencepiece_becomes_a_space(tmp_path: Path, source: Path) -> None:
+    marked = tmp_path / "marked.txt"
+    marked.write_text("a bar \u2581 in a chart", encoding="utf-8")
+    dataset, tokenizer = text_command(tmp_path, source, marked)
+    texts = read_texts(dataset, "train", tokenizer) + read_texts(dataset, "val", tokenizer)
+    assert "a bar   in a chart" in texts
+
+
+def test_given_tokenizer_is_used_unchanged(tmp_path: Path, source: Path) -> None:
+    _, tokenizer = text_command(tmp_path / "first", source, vocab=420)
+    arguments = ["text", source, "--root", tmp_path, "--name", "mine", "--tokenizer", tokenizer]
+    prepare_data.main(list(map(str, arguments)))
+    stored = tmp_path / "tokenizers/mine_420_bpe.model"
+    assert stored.read_bytes() == tokenizer.read_bytes()
+    assert read_texts(tmp_path / "datasets/mine_sp420", "val", stored)[0] in DOCUMENTS
+
+
+def test_shards_are_cut_at_the_limit_without_losing_tokens(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, _ = text_command(tmp_path / "whole", source)
+    monkeypatch.setattr(prepare_data, "SHARD_TOKENS", 500)
+    monkeypatch.setattr(prepare_data, "ENCODE_BATCH", 7)
+    cut, _ = text_command(tmp_path / "cut", source)
+    shards = [read_shard(path) for path in sorted(cut.glob("fineweb_train_*"))]
+    assert len(shards) > 2 and {shard.size for shard in shards[:-1]} == {500}
+    expected = read_shard(whole / "fineweb_train_000000.bin")
+    assert np.array_equal(np.concatenate(shards), expected)
+
+
+def test_changed_input_is_refused_and_the_old_data_kept(tmp_path: Path, source: Path) -> None:
+    dataset, _ = text_command(tmp_path, source)
+    before = files_in(dataset)
+    source.write_bytes(source.read_bytes() + b" changed")
+    message = failure("text", source, "--root", tmp_path, "--vocab", 400)
+    assert str(dataset) in message and "delete it" in message
+    assert files_in(dataset) == before
+
+
+def test_a_truncated_shard_is_built_again(tmp_path: Path, source: Path) -> None:
+    dataset, _ = text_command(tmp_path, source)
+    shard = dataset / "fineweb_train_000000.bin"
+    good = shard.read_bytes()
+    shard.write_bytes(good[:-2])
+    text_command(tmp_path, source)
+    assert shard.read_bytes() == good
+
+
+@pytest.mark.parametrize("stage", ["second write_split", "first replace", "second replace"])
+def test_a_killed_build_leaves_nothing_complete_and_can_be_repeated(
+    tmp_path: Path, source: Path, stage: str
+) -> None:
+    """The process dies without cleanup (os._exit) at `stage`; a later run must recover."""
+    script = (
+        "import os, sys, prepare_data as p\n"
+        "stage, calls, replace, write = sys.argv[1], [], os.replace, p.write_split\n"
+        "def die_at(name, then):\n"
+        "    def call(*a):\n"
+        "        calls.append(name)\n"
+        "        order = ('first ', 'second ')[calls.count(name) - 1]\n"
+        "        return os._exit(9) if order + name == stage else then(*a)\n"
+        "    return call\n"
+        "os.replace, p.write_split = die_at('replace', replace), die_at('write_split', write)\n"
+        "p.main(sys.argv[2:])\n"
+    )
+    arguments = ["text", str(source), "--root", str(tmp_path), "--vocab", "400"]
+    died = subprocess.run([sys.executable, "-c", script, stage, *arguments], cwd=REPO)
+    assert died.returncode == 9
+    assert not list((tmp_path / "datasets").glob("*"))
+    dataset, tokenizer = text_command(tmp_path, source)
+    assert read_texts(dataset, "val", tokenizer)[0] in DOCUMENTS
+    assert not (tmp_path / ".prepare_data.tmp").exists()
+
+
+def test_two_processes_building_at_once_both_succeed(tmp_path: Path, source: Path) -> None:
+    command = [sys.executable, str(REPO / "prepare_data.py"), "text", str(source)]
+    command += ["--root", str(tmp_path / "both"), "--vocab", "400"]
+    runs = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    outputs = [run.communicate()[0] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0]
+    assert outputs[0] == outputs[1] and "export DATA_PATH=" in outputs[0]
+    alone, _ = text_command(tmp_path / "alone", source)
+    assert files_in(tmp_path / "both/datasets/text_sp400") == files_in(alone)
+
+
+def test_summary_states_sizes_and_the_export_line(
+    tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dataset, tokenizer = text_command(tmp_path, source)
+    train, val, export = capsys.readouterr().out.splitlines()
+    tokens = read_shard(dataset / "fineweb_val_000000.bin").size
+    assert val.startswith("val ") and f" {tokens:,} tokens in 1 shard(s)" in val
+    assert train.startswith("train ") and "bytes/token" in train
+    assert export == f"export DATA_PATH={dataset} TOKENIZER_PATH={tokenizer}"
+
+
+def test_non_utf8_error_names_file_and_byte_offset(tmp_path: Path) -> None:
+    path = tmp_path / "latin.txt"
+    path.write_bytes(b"twelve bytes\xe9 more")
+    message = failure("text", path, "--root", tmp_path)
+    assert str(path) in message and "0xe9 at offset 12" in message
+
+
+@pytest.mark.parametrize(
+    ("content", "arguments", "expected"),
+    [
+        (None, [], "No such file"),
+        (b"", [], "found 0"),
+        (b"one document", [], "found 1"),
+        (b"too\0little", [], "allows at most"),
+        ("\0".join(DOCUMENTS).encode(), ["--vocab", 200], "allows at least"),
+        (b"a\0b", ["--vocab", 65536], "expected 1 to 65535"),
+        (b"a\0b", ["--val-fraction", 1.5], "found 1.5"),
+        (b"a\0b", ["--name", "../up"], "found '../up'"),
+        (b"a\0b", ["--name", "fineweb10B"], "fineweb..."),
+    ],
+)
+def test_text_mistakes_are_named_in_one_line(
+    tmp_path: Path, content: bytes | None, arguments: list[object], expected: str
+) -> None:
+    path = tmp_path / "input.txt"
+    if content is not None:
+        path.write_bytes(content)
+    assert expected in failure("text", path, "--root", tmp_path / "data", *arguments)
+    assert not list((tmp_path / "data").glob("*/*")), "a failed command left output"
+
+
+def test_damaged_archive_and_tokenizer_are_named(tmp_path: Path, source: Path) -> None:
+    broken = tmp_path / "broken.gz"
+    broken.write_bytes(gzip.compress(b"x" * 999)[:-9])
+    assert str(broken) in failure("text", broken, "--root", tmp_path)
+    message = failure("text", source, "--root", tmp_path, "--tokenizer", source)
+    assert str(source) in message and "not a SentencePiece model" in message
+
+
+def test_missing_huggingface_hub_names_the_pip_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    assert "pip install huggingface_hub" in failure("fineweb", "--root", tmp_path)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+    """A stand-in huggingface_hub serving a published export of 3 training shards from disk."""
+    dataset, tokenizer = text_command(tmp_path / "made", source)
+    remote = tmp_path / "remote/datasets"
+    export = remote / "datasets/fineweb10B_sp400"
+    export.mkdir(parents=True)
+    train = dataset / "fineweb_train_000000.bin"
+    for number in range(3):
+        shutil.copy(train, export / f"fineweb_train_{number:06d}.bin")
+    shutil.copy(dataset / "fineweb_val_000000.bin", export)
+    (remote / "tokenizers").mkdir()
+    shutil.copy(tokenizer, remote / "tokenizers/fineweb_400_bpe.model")
+    entry = {"name": "fineweb10B_sp400", "stats": {"files_train": 3, "files_val": 1}}
+    (remote / "manifest.json").write_text(json.dumps({"datasets": [entry]}))
+    state = SimpleNamespace(root=tmp_path / "data", export=export, requests=[])
+
+    def hf_hub_download(
+        repo_id: str, filename: str, *, repo_type: str, local_dir: str | Path
+    ) -> str:
+        assert repo_type == "dataset"
+        state.requests.append((repo_id, filename))
+        if not (tmp_path / "remote" / filename).exists():
+            raise FileNotFoundError(f"404 for {filename}\nsecond line")
+        local = Path(local_dir) / filename
+        local.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(tmp_path / "remote" / filename, local)
+        return str(local)
+
+    fake = SimpleNamespace(hf_hub_download=hf_hub_download)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", fake)
+    yield state
+
+
+def fineweb_arguments(hub: SimpleNamespace, *more: object) -> list[str]:
+    arguments = ["fineweb", "--root", hub.root, "--vocab", 400, "--repo", "me/export", *more]
+    return list(map(str, arguments))
+
+
+def test_fineweb_downloads_val_and_only_the_shards_asked_for(hub: SimpleNamespace) -> None:
+    prepare_data.main(fineweb_arguments(hub, "--shards", 2))
+    dataset = hub.root / "datasets/fineweb10B_sp400"
+    names = {"fineweb_train_000000.bin", "fineweb_train_000001.bin", "fineweb_val_000000.bin"}
+    assert {path.name for path in dataset.glob("*.bin")} == names
+    assert all((dataset / n).read_bytes() == (hub.export / n).read_bytes() for n in names)
+    tokenizer = hub.root / "tokenizers/fineweb_400_bpe.model"
+    assert read_texts(dataset, "val", tokenizer)[0] in DOCUMENTS
+    assert {repo for repo, _ in hub.requests} == {"me/export"}
+
+
+def test_fineweb_fetches_only_what_is_missing_or_damaged(hub: SimpleNamespace) -> None:
+    prepare_data.main(fineweb_arguments(hub, "--shards", 2))
+    damaged = hub.root / "datasets/fineweb10B_sp400/fineweb_train_000001.bin"
+    good = damaged.read_bytes()
+    damaged.write_bytes(good[:100])
+    hub.requests.clear()
+    prepare_data.main(fineweb_arguments(hub, "--shards", 3))
+    fetched = [Path(name).name for _, name in hub.requests]
+    assert fetched == ["manifest.json", "fineweb_train_000001.bin", "fineweb_train_000002.bin"]
+    assert damaged.read_bytes() == good
+
+
+def test_fineweb_never_mixes_repositories_or_foreign_shards(hub: SimpleNamespace) -> None:
+    foreign = hub.root / "datasets/fineweb10B_sp400"
+    foreign.mkdir(parents=True)
+    shutil.copy(hub.export / "fineweb_val_000000.bin", foreign)
+    assert str(foreign) in failure(*fineweb_arguments(hub, "--shards", 1))
+    shutil.rmtree(foreign)
+    prepare_data.main(fineweb_arguments(hub, "--shards", 1))
+    message = failure(*fineweb_arguments(hub, "--shards", 1, "--repo", "other/export"))
+    assert "made from other inputs" in message
+
+
+def test_a_damaged_download_is_not_put_in_place(hub: SimpleNamespace) -> None:
+    shard = hub.export / "fineweb_train_000000.bin"
+    shard.write_bytes(shard.read_bytes()[:-2])
+    assert "not a whole shard" in failure(*fineweb_arguments(hub, "--shards", 1))
+    assert not (hub.root / "datasets/fineweb10B_sp400/fineweb_train_000000.bin").exists()
+
+
+def test_fineweb_mistakes_are_named_in_one_line(hub: SimpleNamespace) -> None:
+    message = failure(*fineweb_arguments(hub, "--shards", 4))
+    assert "expected 1 to 3" in message and "found 4" in message
+    message = failure(*fineweb_arguments(hub, "--vocab", 512))
+    assert "no fineweb10B_sp512, found fineweb10B_sp400" in message
+    (hub.export / "fineweb_val_000000.bin").unlink()
+    message = failure(*fineweb_arguments(hub, "--shards", 1))
+    assert "me/export" in message and "404 for datasets/datasets/fineweb10B_sp400" in message
+
+
+def test_vocab_without_a_known_export_asks_for_a_repo(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(prepare_data.REPO_ENV, raising=False)
+    assert "name a --repo" in failure("fineweb", "--root", tmp_path, "--vocab", 777)
