@@ -29,7 +29,7 @@ def run_variant(argument: str) -> str:
     name, _, overrides = argument.partition(":")
     pairs = dict(item.split("=", 1) for item in overrides.split())
     h = tg.Hyperparameters.from_env({**os.environ, **pairs})
-    h = tg.with_sample(h, tg.Runtime(torch.device("cpu")))
+
     runtime = tg.Runtime.start(h, {})
     log = tg.RunLog(Path(h.output_dir) / f"ablate_{name.strip().replace(' ', '_')}.log")
     tokens = np.concatenate(tg.open_split(h.data_path, "val"))

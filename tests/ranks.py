@@ -1,0 +1,75 @@
+"""A few optimizer steps on this process's share of every batch, everything of interest saved.
+
+torchrun --standalone --nproc_per_node=N tests/ranks.py OUT.pt     (or `record` in one process)
+"""
+
+import os
+import sys
+from typing import Any
+
+import torch
+from support import tiny, train_gpt
+
+PLAIN_STEPS, QAT_STEPS, SEQUENCES = 4, 2, 6  # which 1, 2 and 3 ranks divide
+LAYOUT: dict[str, int] = dict(  # 8 matrices a bank and 1 of ve_proj: padded over 3 ranks
+    train_batch_tokens=SEQUENCES * 32, micro_batch_tokens=SEQUENCES * 32
+)
+
+
+def tokens_of(step: int, vocab_size: int) -> torch.Tensor:
+    """Learnable rows: each counts up by its own stride."""
+    generator = torch.Generator().manual_seed(step)
+    start = torch.randint(2, vocab_size, (SEQUENCES, 1), generator=generator)
+    stride = torch.randint(1, 4, (SEQUENCES, 1), generator=generator)
+    return 2 + (start + stride * torch.arange(33)) % (vocab_size - 2)
+
+
+def record(runtime: train_gpt.Runtime) -> dict[str, Any]:
+    """Losses of all steps and the whole tensors that they leave."""
+    h = tiny(**LAYOUT)
+    trainer = train_gpt.Trainer(h, runtime, train_gpt.sdpa(None))
+    optimizer = trainer.optimizer
+    mine = slice(runtime.rank * trainer.local, (runtime.rank + 1) * trainer.local)
+    losses = []
+
+    def step(number: int) -> None:
+        tokens = tokens_of(number, h.vocab_size)[mine]
+        losses.append(float(trainer.train_step(tokens, 0.5, 0.9)))
+
+    def state() -> list[torch.Tensor]:
+        return [
+            t.detach().clone() for t in (*trainer.model.parameters(), *optimizer.masters().values())
+        ]
+
+    for number in range(PLAIN_STEPS):
+        step(number)
+        trainer.average.update(optimizer.masters())
+    out: dict[str, Any] = {
+        "masters": optimizer.gather(optimizer.masters()),
+        "averaged": optimizer.gather(trainer.average.mean),
+        "working": {n: p.detach().clone() for n, p in trainer.model.named_parameters()},
+        "padding": max(b.padded.shape[0] - b.parameter.shape[0] for b in optimizer.banks),
+    }
+    restore, before = optimizer.snapshot(), state()
+    step(PLAIN_STEPS)
+    losses.pop()
+    restore()
+    out["restored"] = all(map(torch.equal, before, state()))
+    out["grid_step"] = optimizer.start_qat(6000.0)
+    for number in range(PLAIN_STEPS, PLAIN_STEPS + QAT_STEPS):
+        step(number)
+    return out | {"losses": losses, "qat_masters": optimizer.gather(optimizer.masters())}
+
+
+def main() -> None:
+    h = tiny(**LAYOUT)
+    runtime = train_gpt.Runtime.start(h, os.environ)
+    result = record(runtime)
+    if runtime.is_main:
+        torch.save(result, sys.argv[1])
+    runtime.barrier()
+    runtime.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,371 @@
+"""Claims about Hyperparameters: what is refused and how, and that every field matters."""
+
+import ast
+import dataclasses
+import itertools
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import support
+import torch
+
+import train_gpt
+from train_gpt import Hyperparameters, RunError
+
+FIELDS = {field.name: field for field in dataclasses.fields(Hyperparameters)}
+
+
+def refusal(**env: object) -> str:
+    """The message with which an environment is refused."""
+    with pytest.raises(RunError) as caught:
+        Hyperparameters.from_env({name: str(value) for name, value in env.items()})
+    return str(caught.value)
+
+
+# Overrides
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("MATRIX_LRS", "MATRIX_LR"),
+        ("NUM_LAYER", "NUM_LAYERS"),
+        ("TRAIN_SEQLEN", "TRAIN_SEQ_LEN"),
+        ("MAX_WALLCLOCK_SECOND", "MAX_WALLCLOCK_SECONDS"),
+        ("ITERATION", "ITERATIONS"),
+    ],
+)
+def test_a_misspelt_override_is_refused_with_the_name_that_was_meant(name: str, meant: str) -> None:
+    message = refusal(**{name: "7"})
+    assert f"{name}='7'" in message
+    assert message.endswith(f"{meant}?")
+
+
+@pytest.mark.parametrize("name", sorted(train_gpt.RETIRED))
+def test_a_retired_name_of_the_challenge_is_refused_with_its_successor(name: str) -> None:
+    message = refusal(**{name: "2"})
+    assert f"{name}='2'" in message
+    assert train_gpt.RETIRED[name] in message
+
+
+def test_every_successor_of_a_retired_name_exists() -> None:
+    for successor in train_gpt.RETIRED.values():
+        assert successor.lower() in FIELDS or successor.startswith("nothing"), successor
+
+
+def test_a_retired_name_is_not_also_a_field() -> None:
+    assert not {name.lower() for name in train_gpt.RETIRED} & FIELDS.keys()
+
+
+def test_unrelated_environment_variables_are_ignored() -> None:
+    env = {"PATH": "/bin", "HOME": "/root", "RANK": "0", "WORLD_SIZE": "8", "LOCAL_RANK": "0",
+           "MASTER_ADDR": "localhost", "MASTER_PORT": "29500", "OMP_NUM_THREADS": "1",
+           "LANG": "C", "PYTHONPATH": "", "CUDA_VISIBLE_DEVICES": ""}  # fmt: skip
+    assert Hyperparameters.from_env(env) == Hyperparameters()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "kind"),
+    [
+        ("NUM_LAYERS", "eleven", "int"),
+        ("NUM_LAYERS", "11.5", "int"),
+        ("NUM_LAYERS", "", "int"),
+        ("ITERATIONS", "1e3", "int"),
+        ("MATRIX_LR", "0,025", "float"),
+        ("MATRIX_LR", "fast", "float"),
+    ],
+)
+def test_a_value_that_does_not_parse_is_refused_with_variable_value_and_fix(
+    name: str, text: str, kind: str
+) -> None:
+    message = refusal(**{name: text})
+    assert f"{name}={text!r}" in message
+    assert kind in message
+    assert "set" in message.partition(";")[2]
+
+
+@pytest.mark.parametrize("text", ["-1", "nan", "inf", "-inf", "1e999"])
+def test_a_number_below_zero_or_not_finite_is_refused(text: str) -> None:
+    assert f"MATRIX_LR={text!r}" in refusal(MATRIX_LR=text)
+
+
+@pytest.mark.parametrize("name", ["NUM_LAYERS", "SEED", "WARMUP_STEPS"])
+def test_a_negative_count_is_refused(name: str) -> None:
+    assert f"{name}='-3'" in refusal(**{name: "-3"})
+
+
+def test_every_field_can_be_overridden_by_its_name_in_capitals() -> None:
+    values = {"int": ("6", 6), "float": ("0.5", 0.5), "str": ("text", "text")}
+    for name, field in FIELDS.items():
+        if name == "preset":
+            continue
+        text, value = values[str(field.type)]
+        parsed = train_gpt.parse_override(name.upper(), text, str(field.type))
+        assert parsed == value
+        assert type(parsed) is type(field.default), name
+
+
+def test_an_override_reaches_its_field_and_changes_no_other() -> None:
+    h = Hyperparameters.from_env({"SEED": "7", "MATRIX_LR": "0.5", "RUN_ID": "mine"})
+    changed = {"seed": 7, "matrix_lr": 0.5, "run_id": "mine"}
+    assert dataclasses.asdict(h) == dataclasses.asdict(Hyperparameters()) | changed
+
+
+# Presets
+
+
+def test_the_defaults_are_the_card_preset() -> None:
+    assert Hyperparameters.from_env({}) == Hyperparameters()
+    assert Hyperparameters.from_env({"PRESET": "card"}) == Hyperparameters()
+    assert Hyperparameters().preset == "card"
+
+
+def test_an_unknown_preset_is_refused_with_the_known_ones() -> None:
+    message = refusal(PRESET="crad")
+    assert "PRESET='crad'" in message
+    for known in train_gpt.PRESETS:
+        assert known in message
+
+
+@pytest.mark.parametrize("preset", sorted(train_gpt.PRESETS))
+def test_every_preset_is_valid_and_names_only_fields(preset: str) -> None:
+    assert train_gpt.PRESETS[preset].keys() <= FIELDS.keys()
+    h = Hyperparameters.from_env({"PRESET": preset})
+    assert h.preset == preset
+    for name, value in train_gpt.PRESETS[preset].items():
+        assert getattr(h, name) == value
+        assert type(value) is type(FIELDS[name].default), name
+
+
+def test_an_override_wins_over_the_preset() -> None:
+    h = Hyperparameters.from_env({"PRESET": "smoke", "ITERATIONS": "17"})
+    assert h.iterations == 17 != train_gpt.PRESETS["smoke"]["iterations"]
+
+
+def test_the_card_is_the_submitted_architecture() -> None:
+    h = Hyperparameters()
+    got = (h.num_layers, h.model_dim, h.num_heads, h.num_kv_heads, h.mlp_hidden, h.vocab_size)
+    assert got == (11, 512, 8, 4, 1408, 1024)
+    assert (h.train_batch_tokens, h.train_seq_len) == (786_432, 2048)
+    assert (h.artifact_bytes, h.max_wallclock_seconds) == (16_000_000, 600.0)
+
+
+def test_hyperparameters_cannot_change_after_they_were_checked() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Hyperparameters().seed = 1  # type: ignore[misc]
+
+
+# Combinations
+
+NONSENSE = [
+    ("NUM_LAYERS", {"NUM_LAYERS": 1}),
+    ("NUM_LAYERS", {"NUM_LAYERS": 0}),
+    ("VOCAB_SIZE", {"VOCAB_SIZE": 1}),
+    ("NUM_HEADS", {"NUM_HEADS": 7}),
+    ("NUM_KV_HEADS", {"NUM_KV_HEADS": 3}),
+    ("NUM_KV_HEADS", {"NUM_KV_HEADS": 16}),
+    ("ROPE_DIMS", {"ROPE_DIMS": 15}),
+    ("ROPE_DIMS", {"ROPE_DIMS": 66}),
+    ("XSA_LAYERS", {"XSA_LAYERS": 12}),
+    ("VE_LAYERS", {"VE_LAYERS": 12}),
+    ("VE_LAYERS", {"VE_LAYERS": 0}),
+    ("TRAIN_BATCH_TOKENS", {"TRAIN_BATCH_TOKENS": 2049}),
+    ("MICRO_BATCH_TOKENS", {"MICRO_BATCH_TOKENS": 2047}),
+    ("EVAL_STRIDE", {"EVAL_STRIDE": 2049}),
+    ("WARMDOWN_FRACTION", {"WARMDOWN_FRACTION": 0}),
+    ("WARMDOWN_FRACTION", {"WARMDOWN_FRACTION": 1.01}),
+    ("ITERATIONS", {"ITERATIONS": 0}),
+    ("TRAIN_LOG_EVERY", {"TRAIN_LOG_EVERY": 0}),
+    ("EVAL_ONLY", {"EVAL_ONLY": "a.ptz", "RESUME_FROM": "b.pt"}),
+    ("ARTIFACT_BYTES", {"ARTIFACT_BYTES": 1_000_000}),
+    ("MLP_HIDDEN", {"MLP_HIDDEN": 100_000}),
+    # zero where a size, a divisor or a scale is meant
+    ("NUM_HEADS", {"NUM_HEADS": 0}),
+    ("NUM_KV_HEADS", {"NUM_KV_HEADS": 0}),
+    ("TRAIN_SEQ_LEN", {"TRAIN_SEQ_LEN": 0}),
+    ("TRAIN_BATCH_TOKENS", {"TRAIN_BATCH_TOKENS": 0}),
+    ("MODEL_DIM", {"MODEL_DIM": 0}),
+    ("MLP_HIDDEN", {"MLP_HIDDEN": 0}),
+    ("VE_DIM", {"VE_DIM": 0}),
+    ("LOGIT_SOFTCAP", {"LOGIT_SOFTCAP": 0}),
+    ("ROPE_BASE", {"ROPE_BASE": 0}),
+    ("GRAD_CLIP_NORM", {"GRAD_CLIP_NORM": 0}),
+    # values that AdamW or zstd would refuse later, with a traceback
+    ("BETA1", {"BETA1": 1.5}),
+    ("BETA2", {"BETA2": 1.0}),
+    ("ZSTD_LEVEL", {"ZSTD_LEVEL": 23}),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "env"), NONSENSE, ids=["-".join(f"{k}={v}" for k, v in e.items()) for _, e in NONSENSE]
+)
+def test_a_nonsensical_combination_is_refused_before_anything_starts(
+    name: str, env: dict[str, object]
+) -> None:
+    message = refusal(**env)
+    assert name in message
+    assert len(message) > len(name) + 10, "the message must say what to set"
+
+
+@pytest.mark.parametrize(
+    "env",
+    [
+        {"NUM_LAYERS": 2, "XSA_LAYERS": 0, "VE_LAYERS": 2},
+        {"NUM_KV_HEADS": 8},
+        {"NUM_KV_HEADS": 1},
+        {"ROPE_DIMS": 0},
+        {"ROPE_DIMS": 64},
+        {"XSA_LAYERS": 11, "VE_LAYERS": 11},
+        {"EVAL_STRIDE": 0},
+        {"EVAL_STRIDE": 2048},
+        {"MICRO_BATCH_TOKENS": 2048},
+        {"WARMDOWN_FRACTION": 1},
+        {"EVAL_ONLY": "a.ptz"},
+        {"RESUME_FROM": "b.pt"},
+        {"MAX_WALLCLOCK_SECONDS": 0},
+        {"VAL_LOSS_EVERY": 0},
+        {"WEIGHT_DECAY": 0},
+    ],
+)
+def test_values_at_the_edge_of_what_makes_sense_are_accepted(env: dict[str, object]) -> None:
+    h = Hyperparameters.from_env({name: str(value) for name, value in env.items()})
+    for name, value in env.items():
+        assert getattr(h, name.lower()) == value
+
+
+# Every field matters
+
+
+def fields_read_by_the_program() -> set[str]:
+    """Fields read as h.<field>, <object>.h.<field> or self.<field>, other than to validate them."""
+    tree = ast.parse(Path(train_gpt.__file__).read_text())
+    found = set()
+    for top in tree.body:
+        own = isinstance(top, ast.ClassDef) and top.name == "Hyperparameters"
+        for part in top.body if own else [top]:
+            if own and getattr(part, "name", "") == "validate":
+                continue
+            for node in ast.walk(part):
+                if not (isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)):
+                    continue
+                owner = node.value
+                holder = owner.id if isinstance(owner, ast.Name) else getattr(owner, "attr", "")
+                if holder == "h" or (own and holder == "self"):
+                    found.add(node.attr)
+    return found
+
+
+def test_every_field_is_read_by_the_program() -> None:
+    unread = FIELDS.keys() - fields_read_by_the_program() - set(train_gpt.ARCHITECTURE)
+    # the preset's name selects the others and is in the log with them; nothing need branch on it
+    assert unread <= {"preset"}, sorted(unread)
+
+
+def test_the_search_for_read_fields_does_not_find_everything() -> None:
+    assert "no_such_field" not in fields_read_by_the_program()
+    assert "iterations" in fields_read_by_the_program()
+
+
+def test_the_architecture_lists_exactly_the_fields_that_scoring_depends_on() -> None:
+    assert set(train_gpt.ARCHITECTURE) <= FIELDS.keys()
+    base = support.tiny()
+    names = set(train_gpt.parameter_shapes(base))
+    for name in ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads",
+                 "mlp_hidden", "ve_layers", "ve_dim"):  # fmt: skip
+        changed = dataclasses.replace(base, **{name: 2 * getattr(base, name)})
+        assert train_gpt.parameter_shapes(changed) != train_gpt.parameter_shapes(base), name
+        assert set(train_gpt.parameter_shapes(changed)) == names
+        assert name in train_gpt.ARCHITECTURE
+    assert {"rope_dims", "rope_base", "xsa_layers", "logit_softcap"} <= set(train_gpt.ARCHITECTURE)
+
+
+# Import and size
+
+IMPORT_UNDER_WATCH = """
+import builtins, importlib.util, os, sys
+import train_gpt  # loads the libraries, which may read what they like
+path = train_gpt.__file__
+import torch
+
+class Poisoned(dict):
+    def refuse(self, *args, **kwargs):
+        raise AssertionError("the environment was touched")
+    __getitem__ = __setitem__ = __contains__ = __iter__ = refuse
+    get = keys = items = values = copy = refuse
+
+def refuse(*args, **kwargs):
+    raise AssertionError("the GPU was touched")
+
+for name in ("is_available", "device_count", "current_device", "get_device_properties", "init",
+             "_lazy_init", "set_device"):
+    setattr(torch.cuda, name, refuse)
+opened = []
+sys.addaudithook(lambda event, args: opened.append((event, args[0])) if event in (
+    "open", "os.mkdir", "os.remove", "os.rename", "subprocess.Popen", "os.system") else None)
+spec = importlib.util.spec_from_file_location("again", path)
+module = importlib.util.module_from_spec(spec)
+sys.modules["again"] = module
+os.environ, environ = Poisoned(), os.environ
+os.getenv = os.environ.refuse
+try:
+    spec.loader.exec_module(module)
+finally:
+    os.environ = environ
+allowed = os.path.dirname(path)
+foreign = [x for x in opened if x[0] != "open" or "train_gpt" not in str(x[1])]
+assert not foreign, foreign
+assert not torch.cuda.is_initialized()
+assert module.Hyperparameters().model_dim == 512
+print("imported")
+"""
+
+
+def test_importing_the_program_touches_no_file_no_environment_and_no_gpu(tmp_path: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-B", "-c", IMPORT_UNDER_WATCH],
+        cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
+        env={"PATH": "/usr/bin:/bin", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(support.REPO),
+             "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert result.stdout == "imported\n", result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def parameters_by_hand(h: Hyperparameters) -> int:
+    """The card's parameters, matrix by matrix."""
+    head = h.model_dim // h.num_heads
+    attention = 2 * h.model_dim * h.model_dim + 2 * h.num_kv_heads * head * h.model_dim
+    mlp = 2 * h.mlp_hidden * h.model_dim
+    gains = 2 * h.model_dim + h.model_dim + h.model_dim + h.num_heads  # mix, attn, mlp, q
+    tables = h.vocab_size * (h.model_dim + h.ve_dim) + h.num_kv_heads * head * h.ve_dim
+    skips = h.num_layers // 2 * h.model_dim
+    return h.num_layers * (attention + mlp + gains) + tables + skips + h.model_dim + h.ve_layers
+
+
+def test_the_card_counts_25_million_parameters_as_its_model_holds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    h = Hyperparameters()
+    # orthogonalising 44 matrices takes seconds and changes no shape
+    monkeypatch.setattr(torch.nn.init, "orthogonal_", lambda w, **_: w)
+    weights = {name: w.to("meta") for name, w in train_gpt.initial_weights(h).items()}
+    model = train_gpt.GPT(h, weights, support.plain_attention)
+    held = sum(p.numel() for p in model.parameters())
+    assert h.parameters() == held == parameters_by_hand(h)
+    assert round(held / 1e6, 1) == 25.2
+
+
+def test_the_count_follows_the_shape_of_any_model() -> None:
+    for layers, kv, hidden in itertools.product((2, 5), (1, 4), (16, 48)):
+        h = support.tiny(num_layers=layers, num_kv_heads=kv, mlp_hidden=hidden)
+        held = sum(p.numel() for p in support.tiny_model(h).parameters())
+        assert h.parameters() == held == parameters_by_hand(h)
+
+
+def test_the_card_fits_its_budget_at_five_bits_a_weight() -> None:
+    h = Hyperparameters()
+    assert math.ceil(h.parameters() * 5 / 8) < h.artifact_bytes < h.parameters()

@@ -1,0 +1,473 @@
+"""Claims about shards, the batch plan, the prefetcher and the byte tables."""
+
+import functools
+import itertools
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import sentencepiece
+import support
+import torch
+
+import train_gpt
+from train_gpt import BatchPlan, RunError, load_byte_table, open_split, prefetch, read_shard
+
+BOS = 1
+
+
+# Shards
+
+
+def test_a_shard_returns_the_tokens_that_were_written(tmp_path: Path) -> None:
+    tokens = [1, 0, 65_535, 256, 255, 7, 1]
+    assert read_shard(support.write_shard(tmp_path / "a.bin", tokens)).tolist() == tokens
+
+
+def test_shards_written_by_prepare_data_are_read_back(tmp_path: Path) -> None:
+    import prepare_data
+
+    tokens = np.arange(1000, dtype=np.uint16) * 61
+    prepare_data.write_shard(tmp_path / "a.bin", tokens)
+    assert (tmp_path / "a.bin").read_bytes() == support.write_shard(
+        tmp_path / "b.bin", tokens).read_bytes()  # fmt: skip
+    assert np.array_equal(read_shard(tmp_path / "a.bin"), tokens)
+
+
+def test_a_shard_is_mapped_and_not_read_into_memory(tmp_path: Path) -> None:
+    shard = read_shard(support.write_shard(tmp_path / "a.bin", range(10)))
+    assert isinstance(shard, np.memmap)
+    assert not shard.flags.writeable
+
+
+def shard_refusal(path: Path) -> str:
+    with pytest.raises(RunError) as caught:
+        read_shard(path)
+    message = str(caught.value)
+    assert message.startswith(f"{path}: ")
+    assert "prepare_data.py" in message
+    assert "\n" not in message
+    return message
+
+
+def test_a_shard_of_another_magic_is_refused(tmp_path: Path) -> None:
+    message = shard_refusal(support.write_shard(tmp_path / "a.bin", [1, 2], magic=20240521))
+    assert "20240520" in message and "20240521" in message
+
+
+def test_a_shard_of_another_version_is_refused(tmp_path: Path) -> None:
+    message = shard_refusal(support.write_shard(tmp_path / "a.bin", [1, 2], version=2))
+    assert "version 1" in message and "[20240520, 2]" in message
+
+
+@pytest.mark.parametrize("claimed", [0, 1, 3, 1_000_000, -1])
+def test_a_shard_whose_size_is_not_its_count_is_refused(tmp_path: Path, claimed: int) -> None:
+    message = shard_refusal(support.write_shard(tmp_path / "a.bin", [1, 2], count=claimed))
+    assert f"found {1024 + 4}" in message
+    assert f"expected {1024 + 2 * claimed} bytes" in message
+
+
+@pytest.mark.parametrize("size", [0, 1, 12, 1023])
+def test_a_file_shorter_than_a_header_is_refused(tmp_path: Path, size: int) -> None:
+    whole = support.write_shard(tmp_path / "a.bin", range(100)).read_bytes()
+    (tmp_path / "short.bin").write_bytes(whole[:size])
+    shard_refusal(tmp_path / "short.bin")
+
+
+@pytest.mark.parametrize("size", [1024, 1025, 1223])
+def test_a_truncated_shard_is_refused_with_both_sizes(tmp_path: Path, size: int) -> None:
+    whole = support.write_shard(tmp_path / "a.bin", range(100)).read_bytes()
+    (tmp_path / "short.bin").write_bytes(whole[:size])
+    message = shard_refusal(tmp_path / "short.bin")
+    assert "1224" in message and f"found {size}" in message
+
+
+def test_a_missing_shard_is_refused_with_the_reason(tmp_path: Path) -> None:
+    assert "No such file" in shard_refusal(tmp_path / "absent.bin")
+
+
+def test_a_folder_in_place_of_a_shard_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.bin").mkdir()
+    shard_refusal(tmp_path / "a.bin")
+
+
+def test_a_shard_of_no_tokens_is_read_as_empty(tmp_path: Path) -> None:
+    assert read_shard(support.write_shard(tmp_path / "a.bin", [])).size == 0
+
+
+def test_a_split_is_its_own_shards_in_name_order(tmp_path: Path) -> None:
+    for number in (2, 0, 1):
+        support.write_shard(tmp_path / f"fineweb_train_{number:06d}.bin", [number, number + 10])
+    support.write_shard(tmp_path / "fineweb_val_000000.bin", [99])
+    assert [s.tolist() for s in open_split(str(tmp_path), "train")] == [[0, 10], [1, 11], [2, 12]]
+    assert [s.tolist() for s in open_split(str(tmp_path), "val")] == [[99]]
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_an_empty_data_folder_is_refused_with_pattern_and_remedy(
+    tmp_path: Path, split: str
+) -> None:
+    with pytest.raises(RunError) as caught:
+        open_split(str(tmp_path), split)
+    message = str(caught.value)
+    assert f"DATA_PATH={tmp_path}" in message
+    assert f"fineweb_{split}_*.bin" in message
+    assert "DATA_PATH=sample" in message
+
+
+def test_a_token_id_outside_the_vocabulary_is_refused() -> None:
+    tokens = np.array([[1, 63], [2, 64]])
+    train_gpt.check_vocabulary(tokens, 65, "here")
+    with pytest.raises(RunError, match=r"here: token id 64 .*VOCAB_SIZE=64"):
+        train_gpt.check_vocabulary(tokens, 64, "here")
+
+
+# Batch plan
+
+
+def numbered_shards(*lengths: int) -> list[np.ndarray]:
+    """Shards in which every token tells where it stands: no two tokens of all are equal."""
+    starts = np.cumsum([0, *lengths])
+    return [np.arange(a, b, dtype=np.uint16) for a, b in itertools.pairwise(starts)]
+
+
+def plan_of(lengths: tuple[int, ...] = (203, 70, 400), seq_len: int = 8, batch: int = 6,
+            seed: int = 3) -> BatchPlan:  # fmt: skip
+    return BatchPlan(numbered_shards(*lengths), seq_len, batch, seed)
+
+
+def epoch_windows(plan: BatchPlan, epoch: int) -> list[tuple[int, int]]:
+    per_epoch = plan.windows_per_epoch
+    return [plan.window(epoch * per_epoch + i) for i in range(per_epoch)]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 6])
+@pytest.mark.parametrize("micro", [1, 2, 3])
+def test_a_batch_is_the_same_for_any_number_of_ranks_and_micro_batches(
+    world: int, micro: int
+) -> None:
+    reference = plan_of()
+    local = 6 // world
+    ranks = [plan_of() for _ in range(world)]  # every rank has its own plan
+    for step in (0, 1, 5, 40, 2):
+        whole = reference.tokens(step, range(6))
+        parts = []
+        for rank, plan in enumerate(ranks):
+            rows = torch.from_numpy(plan.tokens(step, range(rank * local, (rank + 1) * local)))
+            parts += rows.chunk(micro)
+        assert np.array_equal(torch.cat(parts).numpy(), whole)
+        assert whole.shape == (6, 9)
+        assert whole.dtype == np.int64
+
+
+def test_a_window_is_consecutive_tokens_of_one_shard() -> None:
+    shards = numbered_shards(203, 70, 400)
+    plan = plan_of()
+    for step in range(50):
+        for i, row in enumerate(plan.tokens(step, range(6))):
+            shard, start = plan.window(step * 6 + i)
+            assert start >= 0
+            assert start + 9 <= len(shards[shard])
+            assert row.tolist() == [int(shards[shard][start + j]) for j in range(9)]
+
+
+@pytest.mark.parametrize("lengths", [(203, 70, 400), (16,), (17, 5, 16), (1000,), (24, 24, 24)])
+def test_every_window_of_an_epoch_is_used_exactly_once(lengths: tuple[int, ...]) -> None:
+    plan = plan_of(lengths)
+    for epoch in range(3):
+        windows = epoch_windows(plan, epoch)
+        assert len(set(windows)) == len(windows) == plan.windows_per_epoch
+        predicted = [(s, start + j) for s, start in windows for j in range(1, 9)]
+        assert len(set(predicted)) == len(predicted), "no token is a target twice"
+
+
+def test_an_epoch_leaves_out_less_than_two_windows_of_each_shard() -> None:
+    lengths = (203, 70, 400)
+    plan = plan_of(lengths)
+    for epoch in range(4):
+        windows = epoch_windows(plan, epoch)
+        for shard, length in enumerate(lengths):
+            used = 8 * sum(s == shard for s, _ in windows)
+            assert length - 2 * 8 < used <= length - 1
+
+
+def test_batches_follow_each_other_without_a_gap_or_overlap_within_an_epoch() -> None:
+    plan = plan_of()
+    steps = plan.windows_per_epoch // 6
+    rows = np.concatenate([plan.tokens(step, range(6)) for step in range(steps)])
+    assert len({tuple(row) for row in rows}) == 6 * steps
+
+
+def test_a_batch_across_two_epochs_takes_its_rows_from_both() -> None:
+    plan = plan_of()
+    per_epoch = plan.windows_per_epoch
+    assert per_epoch % 6, "the shapes must make a batch straddle the epochs"
+    step = per_epoch // 6
+    expected = [plan_of().window(step * 6 + i) for i in range(6)]
+    got = plan_of().tokens(step, range(6))
+    shards = numbered_shards(203, 70, 400)
+    assert [r[0] for r in got.tolist()] == [int(shards[s][t]) for s, t in expected]
+    assert {(step * 6 + i) // per_epoch for i in range(6)} == {0, 1}
+
+
+def test_epochs_differ_in_order_and_in_where_they_cut_the_text() -> None:
+    plan = plan_of((4000,))
+    first, second = epoch_windows(plan, 0), epoch_windows(plan, 1)
+    assert first != second
+    cuts = {tuple(sorted({start % 8 for _, start in epoch_windows(plan, e)})) for e in range(12)}
+    assert all(len(cut) == 1 for cut in cuts), "within an epoch windows do not overlap"
+    assert len(cuts) > 3
+
+
+def test_a_batch_draws_from_all_shards_and_not_from_consecutive_text() -> None:
+    plan = plan_of((4000, 4000, 4000), batch=64)
+    for step in range(3):
+        windows = [plan.window(step * 64 + i) for i in range(64)]
+        assert {shard for shard, _ in windows} == {0, 1, 2}
+        follows = sum(b[0] == a[0] and b[1] == a[1] + 8 for a, b in itertools.pairwise(windows))
+        assert follows <= 3
+
+
+def test_the_plan_depends_on_the_seed_alone() -> None:
+    a, b, other = plan_of(), plan_of(), plan_of(seed=4)
+    b.tokens(300, range(6))  # reading ahead or back must not change what a batch is
+    for step in (0, 7, 200):
+        assert np.array_equal(a.tokens(step, range(6)), b.tokens(step, range(6)))
+    assert not np.array_equal(a.tokens(0, range(6)), other.tokens(0, range(6)))
+
+
+def test_a_shard_without_a_whole_window_is_skipped() -> None:
+    plan = plan_of((7, 100, 3, 16))
+    assert {shard for shard, _ in epoch_windows(plan, 0)} == {1, 3}
+
+
+def test_shards_without_any_window_are_refused_with_the_length_found() -> None:
+    with pytest.raises(RunError, match=r"at least one of 16 tokens, found 15.*TRAIN_SEQ_LEN"):
+        plan_of((15, 3))
+
+
+# Prefetch
+
+
+def test_prefetch_yields_what_the_plan_reads() -> None:
+    for rows in (range(6), range(2, 4)):
+        loader = prefetch(plan_of(), rows, 65_536, torch.device("cpu"))
+        for step in range(40):
+            batch = next(loader)
+            assert batch.dtype == torch.int64
+            assert np.array_equal(batch.numpy(), plan_of().tokens(step, rows))
+        loader.close()
+
+
+def test_prefetch_reads_ahead_of_its_consumer_but_not_without_bound() -> None:
+    asked: list[int] = []
+
+    class Watched(BatchPlan):
+        def tokens(self, step: int, rows: range) -> np.ndarray:
+            asked.append(step)
+            return super().tokens(step, rows)
+
+    loader = prefetch(Watched(numbered_shards(400), 8, 4, 0), range(4), 65_536, torch.device("cpu"))
+    next(loader)
+    patience = time.monotonic() + 5
+    while len(asked) < 3 and time.monotonic() < patience:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    loader.close()
+    assert 3 <= len(asked) <= 10
+    assert asked == list(range(len(asked)))
+
+
+def test_prefetch_ends_its_thread_when_its_consumer_stops() -> None:
+    before = set(threading.enumerate())
+    loader = prefetch(plan_of(), range(6), 65_536, torch.device("cpu"))
+    next(loader)
+    mine = set(threading.enumerate()) - before
+    assert mine
+    loader.close()
+    for thread in mine:
+        thread.join(timeout=5)
+        assert not thread.is_alive()
+
+
+def test_prefetch_raises_the_error_of_its_thread() -> None:
+    class Broken(BatchPlan):
+        def tokens(self, step: int, rows: range) -> np.ndarray:
+            if step == 2:
+                raise OSError("the disk is gone")
+            return super().tokens(step, rows)
+
+    loader = prefetch(Broken(numbered_shards(400), 8, 4, 0), range(4), 65_536, torch.device("cpu"))
+    next(loader)
+    next(loader)
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(loader)
+
+
+def test_prefetch_refuses_a_token_outside_the_vocabulary() -> None:
+    loader = prefetch(plan_of((400,)), range(6), 300, torch.device("cpu"))
+    with pytest.raises(RunError, match="VOCAB_SIZE=300"):
+        for _ in range(60):
+            next(loader)
+
+
+# Byte tables
+
+WORDS = ["river", "stone", "lantern", "quiet", "harbour", "violet", "engine", "winter", "theatre"]
+DOCUMENTS = [
+    f"The {WORDS[i % 9]} of {WORDS[i * 5 % 9]} {i}.\n\n  two  spaces\tand a tab, "
+    + " ".join(WORDS[i % 5 :])
+    for i in range(40)
+]
+STRANGE = [
+    "caf\u00e9 \u6f22\u5b57 \U0001f600 and the river",  # pieces the vocabulary must spell in bytes
+    "\u03b1\u03b2\u03b3  \u2028 quiet\u00a0harbour",
+    "a", "\u00e9", "stone   ", "\nwinter\n",
+]  # fmt: skip
+
+
+@functools.cache
+def trained_tokenizer() -> bytes:
+    import prepare_data
+
+    return prepare_data.train_tokenizer(DOCUMENTS, 320, 100_000)
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.model"
+    path.write_bytes(trained_tokenizer())
+    return path
+
+
+def encoded(path: Path, documents: list[str]) -> tuple[Any, np.ndarray]:
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    ids = [i for text in documents for i in [BOS, *sp.encode(text)]]
+    return sp, np.array(ids, dtype=np.uint16)
+
+
+def bytes_by_the_rule(sp: Any, tokens: np.ndarray) -> int:
+    """The challenge's rule, one token at a time."""
+    total = 0
+    for previous, target in itertools.pairwise(int(t) for t in tokens):
+        if sp.is_control(target) or sp.is_unknown(target) or sp.is_unused(target):
+            continue
+        if sp.is_byte(target):
+            total += 1
+            continue
+        piece = sp.id_to_piece(target)
+        if piece.startswith("\u2581"):
+            piece = piece[1:]
+            boundary = sp.is_control(previous) or sp.is_unknown(previous) or sp.is_unused(previous)
+            total += not boundary
+        total += len(piece.encode())
+    return total
+
+
+def test_the_bytes_of_a_split_are_the_utf8_bytes_of_its_documents(tokenizer: Path) -> None:
+    documents = DOCUMENTS + STRANGE
+    sp, tokens = encoded(tokenizer, documents)
+    table = load_byte_table(str(tokenizer), 320)
+    expected = sum(len(text.encode()) for text in documents)
+    assert table.count(tokens) == bytes_by_the_rule(sp, tokens) == expected
+
+
+def test_the_bytes_follow_the_rule_for_any_sequence_of_tokens(tokenizer: Path) -> None:
+    sp, _ = encoded(tokenizer, [])
+    table = load_byte_table(str(tokenizer), 320)
+    rng = np.random.default_rng(0)
+    for size in (2, 3, 50, 3000):
+        tokens = rng.integers(320, size=size).astype(np.uint16)
+        assert table.count(tokens) == bytes_by_the_rule(sp, tokens)
+
+
+def test_text_that_the_vocabulary_lacks_is_spelled_in_tokens_of_one_byte(tokenizer: Path) -> None:
+    sp, tokens = encoded(tokenizer, ["\U0001f600\u6f22"])
+    table = load_byte_table(str(tokenizer), 320)
+    fallback = [int(t) for t in tokens[1:] if sp.is_byte(int(t))]
+    assert len(fallback) == 4 + 3, "the test must exercise byte fallback"
+    assert all(table.base[t] == 1 and not table.leading_space[t] for t in fallback)
+    assert table.count(tokens) == 7
+
+
+def test_a_leading_space_counts_unless_the_previous_token_is_a_boundary(tokenizer: Path) -> None:
+    sp, _ = encoded(tokenizer, [])
+    table = load_byte_table(str(tokenizer), 320)
+    pieces = [sp.id_to_piece(i) for i in range(320)]
+    spaced, plain, byte = map(pieces.index, ("\u2581s", "e", "<0x41>"))
+    assert [sp.is_control(i) or sp.is_unknown(i) for i in range(5)] == [True] * 4 + [False]
+    for previous in (plain, spaced, byte):
+        assert table.count(np.array([previous, spaced])) == 2, previous
+    for boundary in range(4):
+        assert table.count(np.array([boundary, spaced])) == 1, boundary
+    assert table.count(np.array([spaced, BOS])) == 0
+
+
+def test_counting_in_pieces_gives_the_sum_of_a_whole(tokenizer: Path) -> None:
+    _, tokens = encoded(tokenizer, DOCUMENTS + STRANGE)
+    table = load_byte_table(str(tokenizer), 320)
+    whole = table.count(tokens)
+    for cut in (1, 2, 57, len(tokens) - 1):
+        assert table.count(tokens[: cut + 1]) + table.count(tokens[cut:]) == whole
+    # long enough to pass any internal bound on temporaries, and not a multiple of it
+    long = np.tile(tokens, (1 << 22) // len(tokens) + 2)
+    pairs = np.bincount(
+        long[:-1].astype(np.int64) * 320 + long[1:], minlength=320 * 320
+    ).reshape(320, 320)  # fmt: skip
+    spaces = table.leading_space[None, :] & ~table.boundary[:, None]
+    assert table.count(long) == int((pairs * (table.base[None, :] + spaces)).sum())
+
+
+def test_a_split_of_one_token_has_no_bytes(tokenizer: Path) -> None:
+    assert load_byte_table(str(tokenizer), 320).count(np.array([5], dtype=np.uint16)) == 0
+
+
+SAMPLE = support.REPO / "data" / "datasets" / "sample_sp1024"
+SAMPLE_MODEL = support.REPO / "data" / "tokenizers" / "sample_1024_bpe.model"
+
+
+@pytest.mark.skipif(not SAMPLE.is_dir(), reason="the built-in sample has not been built here")
+def test_the_bytes_of_the_sample_are_those_of_its_decoded_documents() -> None:
+    (tokens,) = open_split(str(SAMPLE), "val")
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(SAMPLE_MODEL))
+    starts = np.flatnonzero(tokens == BOS)
+    documents = [part[1:].tolist() for part in np.split(tokens, starts[1:])]
+    expected = sum(len(text.encode()) for text in sp.decode(documents))
+    table = load_byte_table(str(SAMPLE_MODEL), 1024)
+    assert table.count(tokens) == expected
+    head = tokens[:20_000]
+    assert table.count(head) == bytes_by_the_rule(sp, head)
+
+
+def tokenizer_refusal(path: object, vocab_size: int = 320) -> str:
+    with pytest.raises(RunError) as caught:
+        load_byte_table(str(path), vocab_size)
+    message = str(caught.value)
+    assert message.startswith(f"TOKENIZER_PATH={path}: ")
+    return message
+
+
+def test_a_missing_tokenizer_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    for path in (tmp_path / "absent.model", tmp_path, ""):
+        assert "prepare_data.py" in tokenizer_refusal(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a model", b"\0" * 1000])
+def test_a_foreign_file_in_place_of_a_tokenizer_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "foreign.model"
+    path.write_bytes(content)
+    assert "not a SentencePiece model" in tokenizer_refusal(path)
+
+
+def test_a_damaged_tokenizer_is_refused(tokenizer: Path) -> None:
+    whole = tokenizer.read_bytes()
+    tokenizer.write_bytes(whole[: len(whole) // 2])
+    tokenizer_refusal(tokenizer)
+
+
+def test_a_tokenizer_of_another_vocabulary_is_refused_with_both_sizes(tokenizer: Path) -> None:
+    message = tokenizer_refusal(tokenizer, 1024)
+    assert "VOCAB_SIZE=1024" in message and "found 320" in message

@@ -1,0 +1,338 @@
+"""Claims about scoring: each token once, from its past only, equal to a loop over tokens."""
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import support
+import torch
+from torch import Tensor
+
+import train_gpt
+from train_gpt import ByteTable, Evaluator, RunError, Score
+
+T, V = 16, 64
+H = support.tiny(train_seq_len=T, train_batch_tokens=8 * T, eval_stride=4, val_batch_size=3 * T)
+LENGTHS = (2, 3, T, T + 1, T + 2, 2 * T, 2 * T + 1, 5 * T + 7)
+STRIDES = (0, 1, 3, 4, 5, 8, 15, 16)  # dividing the window and not, one token to the whole window
+
+
+@pytest.fixture(autouse=True)
+def float64_throughout(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The model casts to float32 where bfloat16 would be too coarse; here nothing is rounded."""
+    monkeypatch.setattr(
+        torch.Tensor, "float", lambda self: self if self.dtype == torch.float64 else self.double()
+    )
+    yield
+
+
+@functools.cache
+def model() -> train_gpt.GPT:
+    return support.tiny_model(H, torch.float64)
+
+
+def text(length: int, seed: int = 0) -> np.ndarray:
+    """Tokens with a document start (id 1) now and then."""
+    tokens = np.random.default_rng(seed).integers(4, V, length)
+    tokens[::11] = 1
+    return tokens.astype(np.uint16)
+
+
+def byte_table() -> ByteTable:
+    ids = np.arange(200)
+    return ByteTable((ids % 5 + 1) * (ids > 3), ids % 3 == 0, ids <= 3)
+
+
+def evaluator(tokens: np.ndarray, h: train_gpt.Hyperparameters = H, **runtime: int) -> Evaluator:
+    return Evaluator(h, support.cpu_runtime(**runtime), tokens, byte_table())
+
+
+def next_token_nats(context: np.ndarray) -> Tensor:
+    """-log p of every possible next token after `context`, by one call for each: (V,) float64."""
+    inputs = torch.from_numpy(context.astype(np.int64)).repeat(V, 1)
+    targets = torch.zeros_like(inputs)
+    targets[:, -1] = torch.arange(V)
+    with torch.no_grad():
+        return model()(inputs, targets)[:, -1].clone()
+
+
+def context_start(target: int, stride: int) -> int:
+    """First token that the prediction of tokens[target] may see, by the definition in words.
+
+    Plain: windows of T inputs that follow each other.  Sliding: windows start every `stride`
+    tokens; the first scores all its T predictions, each later one the last `stride` of its own."""
+    if stride in (0, T):
+        return (target - 1) // T * T
+    if target <= T:
+        return 0
+    return math.ceil((target - T) / stride) * stride
+
+
+@functools.cache
+def nats_by_loop(length: int, stride: int, seed: int = 0) -> tuple[float, ...]:
+    """Loss of tokens 1 ... length - 1, one at a time, each from a call that sees only its past."""
+    tokens, losses = text(length, seed), []
+    for target in range(1, length):
+        start = context_start(target, stride)
+        inputs = torch.from_numpy(tokens[start:target].astype(np.int64))[None]
+        targets = torch.from_numpy(tokens[start + 1 : target + 1].astype(np.int64))[None]
+        with torch.no_grad():
+            losses.append(float(model()(inputs, targets)[0, -1]))
+    return tuple(losses)
+
+
+Calls = list[tuple[Tensor, Tensor]]  # (targets, losses) of the scored places of each call
+
+
+def spied_score(
+    tokens: np.ndarray, stride: int, monkeypatch: pytest.MonkeyPatch, *, places: bool = False
+) -> tuple[Score, Calls]:
+    """The score, and what the model returned for it; `places` replaces the model by a stand-in
+    for tokens 0, 1, 2 ... whose loss at a place that is no continuation of its past is NaN."""
+    calls: Calls = []
+    real = train_gpt.GPT.forward
+
+    def forward(gpt: train_gpt.GPT, inputs: Tensor, targets: Tensor, scored: int = 0) -> Tensor:
+        assert inputs.shape == targets.shape == (inputs.shape[0], T)
+        assert torch.equal(inputs[:, 1:], targets[:, :-1])
+        losses = place_losses(inputs, targets) if places else real(gpt, inputs, targets)
+        losses, targets = losses[:, -scored:], targets[:, -scored:]  # -0: all of them
+        calls.append((targets.clone(), losses.clone()))
+        return losses
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_gpt.GPT, "forward", forward)
+        return evaluator(tokens).score(model(), stride), calls
+
+
+def place_losses(inputs: Tensor, targets: Tensor) -> Tensor:
+    """At each place its number; NaN where the window runs past the end of the text."""
+    return torch.where(inputs + 1 == targets, targets.double(), math.nan)
+
+
+def losses_by_place(
+    tokens: np.ndarray, stride: int, monkeypatch: pytest.MonkeyPatch
+) -> dict[int, float]:
+    """The loss that evaluation of the whole text gives each token, by the token's place."""
+    _, numbers = spied_score(np.arange(len(tokens)), stride, monkeypatch, places=True)
+    _, losses = spied_score(tokens, stride, monkeypatch)
+    pairs = zip(torch.cat([n.flatten() for _, n in numbers]).tolist(),
+                torch.cat([loss.flatten() for _, loss in losses]).tolist(), strict=True)  # fmt: skip
+    return {int(place): loss for place, loss in pairs if not math.isnan(place)}
+
+
+# Against a loop over tokens
+
+
+@pytest.mark.parametrize("stride", STRIDES)
+@pytest.mark.parametrize("length", LENGTHS)
+def test_the_score_is_that_of_a_loop_over_tokens(length: int, stride: int) -> None:
+    score = evaluator(text(length)).score(model(), stride)
+    losses = nats_by_loop(length, stride)
+    assert score.nats == pytest.approx(math.fsum(losses), rel=1e-9)
+    assert score.tokens == len(losses) == length - 1
+
+
+@pytest.mark.parametrize("stride", [0, 3, 4])
+def test_each_token_has_the_loss_that_a_loop_over_tokens_gives_it(
+    stride: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    length = 5 * T + 7
+    by_place = losses_by_place(text(length), stride, monkeypatch)
+    assert [by_place[place] for place in range(1, length)] == pytest.approx(
+        list(nats_by_loop(length, stride)), rel=1e-9)  # fmt: skip
+
+
+def test_the_loop_itself_depends_on_stride_and_text() -> None:
+    length = 5 * T + 7
+    sums = {math.fsum(nats_by_loop(length, stride)) for stride in (0, 1, 4)}
+    assert len(sums) == 3
+    assert math.fsum(nats_by_loop(length, 0, seed=1)) not in sums
+
+
+def test_sliding_by_a_whole_window_is_plain_evaluation() -> None:
+    tokens = text(5 * T + 7)
+    plain, sliding = (evaluator(tokens).score(model(), stride) for stride in (0, T))
+    assert plain.nats == sliding.nats
+
+
+def test_the_loss_is_minus_the_log_of_a_probability_over_the_vocabulary() -> None:
+    tokens = text(40)
+    for context in (tokens[:1], tokens[:7], tokens[3 : 3 + T]):
+        nats = next_token_nats(context)
+        assert float(torch.exp(-nats).sum()) == pytest.approx(1, abs=1e-12)
+        assert float(nats.min()) > 0
+        assert float(nats.std()) > 0.01, "the model must prefer some tokens"
+
+
+# Which windows
+
+
+@pytest.mark.parametrize("stride", STRIDES)
+@pytest.mark.parametrize("length", [*LENGTHS, 97, 128])
+def test_every_token_after_the_first_is_scored_exactly_once_with_enough_context(
+    length: int, stride: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    score, calls = spied_score(np.arange(length), stride, monkeypatch, places=True)
+    scored = []
+    for _, losses in calls:
+        for row in losses.tolist():
+            for column, place in enumerate(row, start=T - len(row) + 1):
+                if not math.isnan(place):
+                    scored.append(int(place))
+                    assert column >= min(place, T - stride if stride else 1), (place, column)
+    assert sorted(scored) == list(range(1, length))
+    assert score.nats == sum(scored), "and what lies past the end adds nothing"
+
+
+@pytest.mark.parametrize("stride", [0, 3, 4])
+def test_scores_up_to_a_token_do_not_change_when_later_tokens_change(
+    stride: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = text(5 * T + 7)
+    before = losses_by_place(whole, stride, monkeypatch)
+    for cut in (1, T - 1, T, T + 1, 3 * T + 5):
+        changed = whole.copy()
+        changed[cut + 1 :] = (changed[cut + 1 :] + 13) % V
+        after = losses_by_place(changed, stride, monkeypatch)
+        for place in range(1, cut + 1):
+            assert after[place] == pytest.approx(before[place], rel=1e-12), place
+        assert all(after[place] != before[place] for place in range(cut + 1, len(whole)))
+
+
+# Batches and ranks
+
+
+@pytest.mark.parametrize("stride", [0, 3, 4])
+@pytest.mark.parametrize("val_batch_size", [1, T, 2 * T, 5 * T + 3, 100 * T])
+def test_the_batch_size_does_not_change_the_score(val_batch_size: int, stride: int) -> None:
+    h = dataclasses.replace(H, val_batch_size=val_batch_size)
+    tokens = text(5 * T + 7)
+    score = evaluator(tokens, h).score(model(), stride)
+    reference = nats_by_loop(len(tokens), stride)
+    assert score.nats == pytest.approx(math.fsum(reference), rel=1e-9)
+
+
+class Gathered(Exception):
+    """Carries one rank's sums out of `Evaluator.score`."""
+
+
+def score_by_ranks(
+    tokens: np.ndarray, stride: int, world: int, monkeypatch: pytest.MonkeyPatch
+) -> list[Score]:
+    """The score that each of `world` ranks returns, their sums added by hand."""
+
+    def hand_over(self: train_gpt.Runtime, sums: Tensor) -> Tensor:
+        raise Gathered(sums.clone())
+
+    parts = []
+    monkeypatch.setattr(train_gpt.Runtime, "sum", hand_over)
+    for rank in range(world):
+        with pytest.raises(Gathered) as caught:
+            evaluator(tokens, rank=rank, world_size=world).score(model(), stride)
+        parts.append(caught.value.args[0])
+    total = torch.stack(parts).sum(0)
+    assert total.dtype == torch.float64
+    monkeypatch.setattr(train_gpt.Runtime, "sum", lambda self, sums: total.clone())
+    return [
+        evaluator(tokens, rank=rank, world_size=world).score(model(), stride)
+        for rank in range(world)
+    ]
+
+
+@pytest.mark.parametrize("stride", [0, 3, 4])
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+@pytest.mark.parametrize("length", [3, 5 * T + 7])
+def test_the_number_of_ranks_does_not_change_the_score(
+    world: int, length: int, stride: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = text(length)
+    one = evaluator(tokens).score(model(), stride)
+    for score in score_by_ranks(tokens, stride, world, monkeypatch):
+        assert score.nats == pytest.approx(one.nats, rel=1e-9)
+        assert (score.tokens, score.text_bytes) == (one.tokens, one.text_bytes)
+
+
+def test_a_rank_without_a_window_adds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = text(3)  # one window, eight ranks
+    scores = score_by_ranks(tokens, 0, 8, monkeypatch)
+    assert {score.nats for score in scores} == {scores[0].nats}
+    assert scores[0].nats == pytest.approx(math.fsum(nats_by_loop(3, 0)), rel=1e-9)
+
+
+# Bits per byte
+
+
+def test_the_denominator_is_the_bytes_of_every_token_after_the_first() -> None:
+    table = byte_table()
+    for length in LENGTHS:
+        tokens = text(length).tolist()
+        expected = 0
+        for previous, target in itertools.pairwise(tokens):
+            expected += int(table.base[target])
+            expected += bool(table.leading_space[target]) and not table.boundary[previous]
+        scores = [evaluator(text(length)).score(model(), stride) for stride in (0, 4)]
+        assert [score.text_bytes for score in scores] == [expected] * 2
+
+
+def test_bits_per_byte_and_loss_follow_from_the_sums() -> None:
+    score = Score(nats=math.log(2) * 300, tokens=75, text_bytes=200, seconds=1.5)
+    assert score.bpb == pytest.approx(1.5, rel=1e-12)
+    assert score.loss == pytest.approx(4 * math.log(2), rel=1e-12)
+    assert str(score).startswith("val_loss:2.77258872 val_bpb:1.50000000 ")
+
+
+def test_bits_per_byte_are_loss_in_bits_times_tokens_per_byte() -> None:
+    score = evaluator(text(5 * T + 7)).score(model(), 4)
+    bits = math.fsum(nats_by_loop(5 * T + 7, 4)) / math.log(2)
+    assert score.bpb == pytest.approx(bits / score.text_bytes, rel=1e-9)
+
+
+# No side effects
+
+
+def test_scoring_changes_no_parameter_and_leaves_no_gradient() -> None:
+    gpt = support.tiny_model(H, torch.float64)
+    before = {name: p.detach().clone() for name, p in gpt.named_parameters()}
+    state = torch.get_rng_state()
+    for stride in (0, 4):
+        evaluator(text(5 * T + 7)).score(gpt, stride)
+    for name, p in gpt.named_parameters():
+        assert torch.equal(p, before[name]), name
+        assert p.grad is None
+        assert p.requires_grad
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_scoring_twice_gives_the_same_number() -> None:
+    one = evaluator(text(5 * T + 7))
+    assert one.score(model(), 4).nats == one.score(model(), 4).nats
+
+
+def test_the_tokens_given_are_not_changed() -> None:
+    tokens = text(5 * T + 7)
+    copy = tokens.copy()
+    evaluator(tokens).score(model(), 4)
+    assert np.array_equal(tokens, copy)
+
+
+@pytest.mark.parametrize("length", [0, 1])
+def test_a_split_with_nothing_to_score_is_refused(length: int) -> None:
+    with pytest.raises(RunError, match="at least 2 tokens"):
+        evaluator(text(2)[:length])
+
+
+def test_a_model_loaded_from_an_artifact_scores_as_the_weights_it_holds() -> None:
+    weights = {n: p.detach().to(torch.float32) for n, p in model().named_parameters()}
+    _, read = train_gpt.unpack(train_gpt.pack(weights, H, 0.01))
+    loaded = train_gpt.load_model(H, support.cpu_runtime(), read, support.plain_attention)
+    by_hand = train_gpt.GPT(H, {n: w.to(torch.float32) for n, w in read.items()}, loaded.attend)
+    tokens = text(5 * T + 7)
+    scores = [evaluator(tokens).score(m, 4).nats for m in (loaded, by_hand, model())]
+    assert scores[0] == scores[1]
+    assert scores[0] != scores[2]
+    assert scores[0] == pytest.approx(scores[2], rel=0.05)

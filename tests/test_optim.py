@@ -1,0 +1,447 @@
+"""Claims about the optimizer, against hand-written loops, and for 1, 2 and 3 ranks alike."""
+
+import math
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ranks
+import torch
+from support import REPO, cpu_runtime, tiny, tiny_model
+from torch import Tensor
+
+import train_gpt
+from train_gpt import MATRICES, TABLES, VECTORS, Hyperparameters, Optimizer
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def new_optimizer(h: Hyperparameters, seed: int = 0) -> Optimizer:
+    return Optimizer(tiny_model(h, seed=seed), h, cpu_runtime())
+
+
+def gradients_of(optimizer: Optimizer, size: float, seed: int = 0) -> list[Tensor]:
+    return [
+        size * random(*p.shape, seed=seed + i) for i, p in enumerate(optimizer.model.parameters())
+    ]
+
+
+# Newton-Schulz and Muon
+
+
+def ref_newton_schulz(g: Tensor, steps: int) -> Tensor:
+    """One matrix, float64, always iterated on the side that it comes in."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = g.double() / (g.double().norm() + 1e-7)
+    if x.shape[0] > x.shape[1]:
+        return ref_newton_schulz(g.T, steps).T
+    for _ in range(steps):
+        gram = x @ x.T
+        x = a * x + b * (gram @ x) + c * (gram @ gram @ x)
+    return x
+
+
+@pytest.mark.parametrize("shape", [(24, 64), (64, 24), (32, 32)])
+def test_newton_schulz_brings_singular_values_into_a_band(shape: tuple[int, int]) -> None:
+    rows, columns = shape
+    rank = min(shape)
+    u, _ = torch.linalg.qr(random(rows, rank))
+    v, _ = torch.linalg.qr(random(columns, rank, seed=1))
+    matrix = 37.0 * u @ torch.diag(torch.logspace(-1.3, 0, rank)) @ v.T  # condition number 20
+    values = torch.linalg.svdvals(train_gpt.newton_schulz(matrix[None], 5, torch.float32)[0])
+    assert 0.65 < values.min() and values.max() < 1.25
+    polar = train_gpt.newton_schulz(matrix[None], 5, torch.float32)[0]
+    assert (u.T @ polar @ v).diagonal().min() > 0.6, "the singular vectors are not kept"
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 40), (3, 40, 16), (3, 16, 16)])
+def test_newton_schulz_of_a_bank_equals_a_loop_over_matrices(shape: tuple[int, int, int]) -> None:
+    bank = random(*shape) * torch.tensor([1e-3, 1.0, 1e3]).view(3, 1, 1)
+    out = train_gpt.newton_schulz(bank, 5, torch.float32)
+    for i in range(3):
+        expected = ref_newton_schulz(bank[i], 5)
+        torch.testing.assert_close(out[i].double(), expected, rtol=0, atol=1e-4)
+
+
+def test_newton_schulz_keeps_zero_matrices_zero() -> None:
+    bank = random(3, 8, 16)
+    bank[1] = 0
+    out = train_gpt.newton_schulz(bank, 5, torch.float32)
+    assert not out[1].any() and out[0].any() and torch.isfinite(out).all()
+
+
+def test_newton_schulz_in_bfloat16_is_near_float32() -> None:
+    bank = random(2, 24, 48)
+    out = train_gpt.newton_schulz(bank, 5, torch.bfloat16)
+    assert out.dtype == torch.bfloat16
+    exact = train_gpt.newton_schulz(bank, 5, torch.float32)
+    assert (out.float() - exact).norm() / exact.norm() < 0.05
+
+
+def test_muon_update_equals_momentum_nesterov_and_decay_written_out() -> None:
+    lr, beta, decay, clip, steps = 0.03, 0.9, 0.4, 0.25, 5
+    master, momentum = random(2, 12, 20), random(2, 12, 20, seed=1)
+    scale = torch.tensor([1.0, 1.7]).view(2, 1, 1)
+    expected, average = master.double(), momentum.double()
+    numbers = [torch.tensor(x) for x in (lr, beta, decay)]
+    for step in range(3):
+        grad = 5 * random(2, 12, 20, seed=2 + step)
+        train_gpt.muon_update(
+            grad, momentum, master, scale, torch.tensor(clip), *numbers, steps, torch.float32
+        )
+        g = clip * grad.double()
+        average = beta * average + (1 - beta) * g
+        direction = beta * average + (1 - beta) * g  # nesterov
+        for i in range(2):
+            update = float(scale[i]) * ref_newton_schulz(direction[i], steps)
+            expected[i] = (1 - lr * decay) * expected[i] - lr * update
+        torch.testing.assert_close(momentum.double(), average, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(master.double(), expected, rtol=0, atol=1e-4)
+
+
+def fans(name: str, index: int, shape: torch.Size) -> tuple[int, int]:
+    """(outputs, inputs) of the linear map that matrix `index` of a bank stands for."""
+    count, rows, columns = shape
+    transposed = name == "mlp_bank" and index >= count // 2  # down-projections
+    return (columns, rows) if transposed else (rows, columns)
+
+
+@pytest.mark.parametrize("mlp_hidden", [48, 20])  # wider and narrower than the model
+def test_every_matrix_moves_by_its_own_update_scale(mlp_hidden: int) -> None:
+    h = tiny(mlp_hidden=mlp_hidden, weight_decay=0.0)
+    optimizer = new_optimizer(h)
+    before = {n: t.clone() for n, t in optimizer.masters().items()}
+    gradients = gradients_of(optimizer, 1.0)
+    by_name = dict(zip([n for n, _ in optimizer.model.named_parameters()], gradients, strict=True))
+    optimizer.step(torch.tensor(0.0), 0.5, 0.9, gradients)
+    scales = set()
+    for name in MATRICES:
+        for i, (old, new) in enumerate(zip(before[name], optimizer.masters()[name], strict=True)):
+            outputs, inputs = fans(name, i, before[name].shape)
+            scale = max(1.0, outputs / inputs) ** 0.5
+            step = 0.5 * h.matrix_lr * scale * ref_newton_schulz(by_name[name][i], h.muon_steps)
+            torch.testing.assert_close(old - new, step.float(), rtol=0, atol=2e-5)
+            scales.add(round(scale, 3))
+    assert len(scales) > 1, "all matrices share a scale: the test is blind"
+
+
+# AdamW and the global clip
+
+
+def ref_steps(
+    optimizer: Optimizer, h: Hyperparameters, batches: list[list[Tensor]], lrs: list[float]
+) -> dict[str, Tensor]:
+    """Small parameters after AdamW with decoupled decay and global clipping, in float64."""
+    names = [n for n, _ in optimizer.model.named_parameters()]
+    rates = {n: h.embed_lr for n in TABLES} | {n: h.scalar_lr for n in VECTORS}
+    weights = {n: optimizer.masters()[n].detach().double().clone() for n in rates}
+    first = {n: torch.zeros_like(w) for n, w in weights.items()}
+    second = {n: torch.zeros_like(w) for n, w in weights.items()}
+    for t, (gradients, scale) in enumerate(zip(batches, lrs, strict=True), 1):
+        norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradients))
+        clip = min(1.0, h.grad_clip_norm / norm)
+        for name, gradient in zip(names, gradients, strict=True):
+            if name not in rates:
+                continue
+            g, lr = clip * gradient.double(), scale * rates[name]
+            first[name] = h.beta1 * first[name] + (1 - h.beta1) * g
+            second[name] = h.beta2 * second[name] + (1 - h.beta2) * g * g
+            up = first[name] / (1 - h.beta1**t)
+            down = (second[name] / (1 - h.beta2**t)).sqrt() + h.adam_eps
+            weights[name] = weights[name] * (1 - lr * h.weight_decay) - lr * up / down
+    return weights
+
+
+@pytest.mark.parametrize("size", [1e-5, 1.0], ids=["below-clip", "clipped"])
+def test_small_parameters_follow_a_hand_written_adamw(size: float) -> None:
+    h = tiny(weight_decay=0.5, adam_eps=1e-6)
+    optimizer = new_optimizer(h)
+    batches = [gradients_of(optimizer, size * 3**t, seed=100 * t) for t in range(3)]
+    lrs = [1.0, 0.7, 0.2]
+    expected = ref_steps(optimizer, h, batches, lrs)
+    for gradients, lr in zip(batches, lrs, strict=True):
+        optimizer.step(torch.tensor(0.0), lr, 0.9, gradients)
+    for name, weight in expected.items():
+        actual = optimizer.masters()[name].double()
+        torch.testing.assert_close(actual, weight, rtol=1e-5, atol=2e-6, msg=name)
+
+
+def test_weight_decay_alone_shrinks_every_parameter_by_lr_times_decay() -> None:
+    h = tiny(weight_decay=0.5)
+    optimizer = new_optimizer(h)
+    before = {n: t.detach().clone() for n, t in optimizer.masters().items()}
+    optimizer.step(torch.tensor(0.0), 1.0, 0.9, gradients_of(optimizer, 0.0))
+    rates = dict.fromkeys(MATRICES, h.matrix_lr) | dict.fromkeys(TABLES, h.embed_lr)
+    rates |= dict.fromkeys(VECTORS, h.scalar_lr)
+    for name, lr in rates.items():
+        torch.testing.assert_close(optimizer.masters()[name], before[name] * (1 - lr * 0.5))
+
+
+def test_the_clip_is_global_over_matrices_and_small_parameters() -> None:
+    h = tiny()
+    optimizer = new_optimizer(h)
+    gradients = gradients_of(optimizer, 0.0)
+    names = [n for n, _ in optimizer.model.named_parameters()]
+    gradients[names.index("qo_bank")][0, 0, 0] = 3.0
+    gradients[names.index("ve_scale")][0] = 4.0  # together of norm 5
+    optimizer.step(torch.tensor(0.0), 1.0, 0.9, gradients)
+    bank = next(b for b in optimizer.banks if b.name == "qo_bank")
+    assert float(bank.momentum[0, 0, 0]) == pytest.approx(0.1 * 3 * h.grad_clip_norm / 5, rel=1e-5)
+    first_moment = optimizer.adamw.state[optimizer.masters()["ve_scale"]]["exp_avg"][0]
+    assert float(first_moment) == pytest.approx((1 - h.beta1) * 4 * h.grad_clip_norm / 5, rel=1e-5)
+
+
+def test_the_step_returns_the_loss_that_it_was_given() -> None:
+    optimizer = new_optimizer(tiny())
+    loss = optimizer.step(torch.tensor(2.5), 1.0, 0.9, gradients_of(optimizer, 1.0))
+    optimizer.step(torch.tensor(7.5), 1.0, 0.9, gradients_of(optimizer, 1.0))
+    assert float(loss) == 2.5, "the returned loss is overwritten by the next step"
+
+
+# Schedules
+
+
+@pytest.mark.parametrize(
+    ("step", "elapsed", "cap", "expected"),
+    [
+        (0, 0.0, 600.0, 0.0),
+        (250, 0.0, 600.0, 0.25),
+        (250, 300.0, 600.0, 0.5),  # the clock is further
+        (900, 300.0, 600.0, 0.9),  # the steps are further
+        (1000, 0.0, 600.0, 1.0),
+        (10, 601.0, 600.0, 1.0),
+        (10, 1e6, 0.0, 0.01),  # no cap: the clock does not count
+    ],
+)
+def test_progress_is_the_larger_share(
+    step: int, elapsed: float, cap: float, expected: float
+) -> None:
+    h = tiny(iterations=1000, max_wallclock_seconds=cap)
+    assert train_gpt.progress_of(h, step, elapsed) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("fraction", "iters", "total", "progress", "expected"),
+    [
+        (0.6, 0, 0.0, 0.0, 1.0),
+        (0.6, 0, 0.0, 0.4, 1.0),
+        (0.6, 0, 0.0, 0.7, 0.5),
+        (0.6, 0, 0.0, 0.91, 0.15),
+        (0.6, 0, 0.0, 1.0, 0.0),
+        (1.0, 0, 0.0, 0.25, 0.75),
+        (0.6, 100, 1000.0, 0.9, 1.0),  # the last 100 of 1000 steps
+        (0.6, 100, 1000.0, 0.95, 0.5),
+        (0.6, 100, 200.0, 0.75, 0.5),  # the clock allows 200 steps only
+        (0.6, 500, 200.0, 0.25, 0.75),  # longer than the run: all of it
+        (0.6, 100, 0.0, 0.95, 0.5),  # unknown total: ITERATIONS, 1000
+    ],
+)
+def test_lr_scale_is_flat_then_falls_linearly_to_zero(
+    fraction: float, iters: int, total: float, progress: float, expected: float
+) -> None:
+    h = tiny(iterations=1000, warmdown_fraction=fraction, warmdown_iters=iters)
+    assert train_gpt.lr_scale(h, progress, total) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("share", "progress", "expected"),
+    [(0.2, 0.0, 0.92), (0.2, 0.1, 0.955), (0.2, 0.2, 0.99), (0.2, 0.9, 0.99), (0.0, 0.0, 0.99)],
+)
+def test_muon_momentum_rises_linearly_then_stays(
+    share: float, progress: float, expected: float
+) -> None:
+    h = tiny(momentum_warmup_fraction=share, muon_momentum_start=0.92, muon_momentum=0.99)
+    assert train_gpt.muon_momentum(h, progress) == pytest.approx(expected, abs=1e-12)
+
+
+# Weight averaging
+
+
+def test_running_mean_equals_the_mean_of_the_states() -> None:
+    states = [{"a": random(5, 7, seed=i), "b": random(3, seed=50 + i)} for i in range(9)]
+    mean = train_gpt.RunningMean({"a": random(5, 7, seed=99), "b": random(3, seed=98)})
+    for k, state in enumerate(states, 1):
+        mean.update(state)
+        assert mean.count == k
+        for name in ("a", "b"):
+            expected = torch.stack([s[name].double() for s in states[:k]]).mean(0)
+            torch.testing.assert_close(mean.mean[name].double(), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(states[0]["a"], random(5, 7), rtol=0, atol=0)
+
+
+def test_running_mean_of_one_or_of_equal_states_is_exact() -> None:
+    state = {"a": random(100)}
+    mean = train_gpt.RunningMean({"a": random(100, seed=1)})
+    for _ in range(7):
+        mean.update(state)
+        assert torch.equal(mean.mean["a"], state["a"])
+
+
+def test_running_mean_of_whole_numbers_is_exact_at_powers_of_two() -> None:
+    mean = train_gpt.RunningMean({"a": torch.zeros(3)})
+    for value in (1.0, 3.0):
+        mean.update({"a": torch.tensor([value, 8 * value, -value])})
+    assert mean.mean["a"].tolist() == [2.0, 16.0, -2.0]
+
+
+# Late QAT and the masters
+
+
+def rounded(optimizer: Optimizer, masters: Mapping[str, Tensor], step: float) -> dict[str, Tensor]:
+    """Masters on the export grid where they have one."""
+    out = dict(masters)
+    for name, grid in train_gpt.export_grids(optimizer.h).items():
+        w = masters[name]
+        matrices = w.reshape(-1, *w.shape[-2:])
+        qmax, ratio = (
+            torch.tensor(x, dtype=torch.float32).view(-1, 1, 1)
+            for x in (grid.qmax, grid.step_ratio)
+        )
+        grid_step = torch.tensor(step)
+        out[name] = train_gpt.fake_quantize(matrices, grid_step, qmax, ratio).view(w.shape)
+    return out
+
+
+def test_without_qat_the_working_weights_are_the_masters() -> None:
+    optimizer = new_optimizer(tiny())
+    optimizer.step(torch.tensor(0.0), 1.0, 0.9, gradients_of(optimizer, 1.0))
+    for name, parameter in optimizer.model.named_parameters():
+        assert torch.equal(parameter.detach(), optimizer.masters()[name]), name
+
+
+def test_with_qat_the_working_weights_are_the_fake_quantized_masters() -> None:
+    optimizer = new_optimizer(tiny())
+    step = optimizer.start_qat(5000.0)
+    assert step > 0
+    optimizer.step(torch.tensor(0.0), 1.0, 0.9, gradients_of(optimizer, 1.0))
+    masters = {n: t.detach().clone() for n, t in optimizer.masters().items()}
+    expected = rounded(optimizer, masters, step)
+    for name, parameter in optimizer.model.named_parameters():
+        assert torch.equal(parameter.detach(), expected[name]), name
+
+
+def test_qat_leaves_the_masters_unrounded() -> None:
+    with_qat, without = new_optimizer(tiny()), new_optimizer(tiny())
+    step = with_qat.start_qat(5000.0)
+    for number in range(3):
+        for optimizer in (with_qat, without):
+            gradients = gradients_of(optimizer, 1.0, seed=100 * number)
+            optimizer.step(torch.tensor(0.0), 1.0, 0.9, gradients)
+    grid = rounded(with_qat, without.masters(), step)
+    for name, master in without.masters().items():
+        assert torch.equal(with_qat.masters()[name], master), name
+        if name in train_gpt.export_grids(with_qat.h):
+            assert (grid[name] - master).abs().max() > 1e-3, "the grid is too fine to see"
+
+
+def test_write_back_twice_changes_nothing() -> None:
+    optimizer = new_optimizer(tiny())
+    optimizer.start_qat(5000.0)
+    optimizer.write_back()
+    once = [p.detach().clone() for p in optimizer.model.parameters()]
+    optimizer.write_back()
+    assert all(map(torch.equal, once, optimizer.model.parameters()))
+
+
+def test_the_qat_grid_fills_the_byte_budget() -> None:
+    optimizer = new_optimizer(tiny())
+    steps = [optimizer.start_qat(budget) for budget in (4000.0, 6000.0, 8000.0)]
+    assert steps[0] > steps[1] > steps[2] > 0
+    whole = optimizer.gather(optimizer.masters())
+    for budget, step in zip((4000.0, 6000.0, 8000.0), steps, strict=True):
+        assert 0.97 * budget < train_gpt.coded_bytes(whole, optimizer.h, step) <= budget
+
+
+# Snapshot
+
+
+def everything(optimizer: Optimizer) -> list[Tensor]:
+    """Copies of all that a step changes."""
+    tensors = [*optimizer.model.parameters(), *optimizer.masters().values()]
+    tensors += [t for bank in optimizer.banks for t in (bank.padded, bank.momentum)]
+    for master in optimizer.small_masters.values():
+        state: dict[str, Any] = optimizer.adamw.state.get(master, {})
+        tensors += [torch.as_tensor(state[key]) for key in sorted(state)]
+    return [t.detach().clone() for t in tensors]
+
+
+@pytest.mark.parametrize("steps_before", [0, 2])
+def test_restore_puts_every_bit_back(steps_before: int) -> None:
+    optimizer = new_optimizer(tiny())
+    for number in range(steps_before):
+        gradients = gradients_of(optimizer, 1.0, seed=number)
+        optimizer.step(torch.tensor(0.0), 1.0, 0.9, gradients)
+    before = everything(optimizer)
+    restore = optimizer.snapshot()
+    optimizer.step(torch.tensor(0.0), 1.0, 0.9, gradients_of(optimizer, 1.0, seed=7))
+    optimizer.start_qat(5000.0)
+    optimizer.step(torch.tensor(0.0), 1.0, 0.9, gradients_of(optimizer, 1.0, seed=8))
+    assert not all(map(torch.equal, before, everything(optimizer)))
+    restore()
+    after = everything(optimizer)
+    assert len(after) == len(before) and all(map(torch.equal, before, after))
+    assert optimizer.qat_step is None
+
+
+def test_a_restored_run_repeats_itself_bit_for_bit() -> None:
+    optimizer = new_optimizer(tiny())
+    optimizer.step(torch.tensor(0.0), 1.0, 0.9, gradients_of(optimizer, 1.0))
+    restore = optimizer.snapshot()
+    runs = []
+    for _ in range(2):
+        for number in range(3):
+            gradients = gradients_of(optimizer, 1.0, seed=10 + number)
+            optimizer.step(torch.tensor(0.0), 1.0, 0.9, gradients)
+        runs.append(everything(optimizer))
+        restore()
+    assert all(map(torch.equal, *runs))
+
+
+# Ranks
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, Any]:
+    return ranks.record(cpu_runtime())
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def together(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The same steps by several gloo processes."""
+    out = tmp_path_factory.mktemp("ranks") / "result.pt"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc_per_node={request.param}", str(REPO / "tests/ranks.py"), str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=Path("/"))
+    assert done.returncode == 0, done.stderr
+    return torch.load(out)
+
+
+def test_ranks_change_no_loss(alone: dict[str, Any], together: dict[str, Any]) -> None:
+    plain = slice(0, ranks.PLAIN_STEPS + 1)
+    assert together["losses"][plain] == pytest.approx(alone["losses"][plain], rel=1e-5)
+    assert together["losses"] == pytest.approx(alone["losses"], rel=1e-3)
+    assert alone["losses"][-1] < 0.99 * alone["losses"][0], "nothing is learned"
+
+
+def test_ranks_change_no_weight(alone: dict[str, Any], together: dict[str, Any]) -> None:
+    for kind in ("masters", "averaged", "working"):
+        assert together[kind].keys() == alone[kind].keys()
+        for name, weight in alone[kind].items():
+            torch.testing.assert_close(together[kind][name], weight, rtol=0, atol=1e-4, msg=name)
+
+
+def test_ranks_choose_the_same_qat_grid(alone: dict[str, Any], together: dict[str, Any]) -> None:
+    assert together["grid_step"] == pytest.approx(alone["grid_step"], rel=1e-3)
+    for name, weight in alone["qat_masters"].items():
+        difference = (together["qat_masters"][name] - weight).abs()
+        assert difference.mean() < 1e-3, name
+
+
+def test_padded_banks_are_restored_bit_for_bit(together: dict[str, Any]) -> None:
+    assert together["padding"] > 0, "no bank is padded: the test is blind"
+    assert together["restored"]

@@ -1,0 +1,319 @@
+"""Claims about the artifact: exact, deterministic, refused when damaged, never over its budget."""
+
+import functools
+import hashlib
+import math
+import pickle
+import struct
+import zlib
+
+import pytest
+import support
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import train_gpt
+from train_gpt import RunError, pack, pack_to_budget, unpack
+
+H = support.tiny()
+STEP = 0.02
+
+
+@functools.cache
+def state(seed: int = 0) -> dict[str, Tensor]:
+    return support.tiny_weights(H, seed)
+
+
+@functools.cache
+def artifact() -> bytes:
+    return pack(state(), H, STEP)
+
+
+def refusal(content: bytes) -> str:
+    """The message with which an artifact is refused, which must name the file."""
+    with pytest.raises(RunError) as caught:
+        unpack(content, "folder/final_model.ptz")
+    message = str(caught.value)
+    assert message.startswith("folder/final_model.ptz: ")
+    return message
+
+
+# Round trip
+
+
+def test_what_is_read_back_has_every_name_shape_and_the_architecture() -> None:
+    architecture, read = unpack(artifact())
+    assert list(read) == list(state())
+    for name, w in state().items():
+        assert read[name].shape == w.shape
+        assert read[name].dtype == torch.float32
+    assert architecture == {name: getattr(H, name) for name in train_gpt.ARCHITECTURE}
+
+
+def test_every_rounded_weight_is_a_whole_multiple_of_one_scale_a_row() -> None:
+    _, read = unpack(artifact())
+    for name, g in train_gpt.export_grids(H).items():
+        rows = read[name].reshape(len(g.qmax), -1, read[name].shape[-1]).double()
+        original = state()[name].reshape(rows.shape)
+        for matrix, before, qmax, ratio in zip(rows, original, g.qmax, g.step_ratio, strict=True):
+            for row, row_before in zip(matrix[:5], before[:5], strict=True):
+                own = float(row_before.abs().max()) / qmax
+                scale = max(own, STEP * ratio) if ratio else own
+                if ratio and own < STEP * ratio:  # not clipped: the scale is the common step
+                    codes = row / scale
+                    assert float((codes - codes.round()).abs().max()) < 0.01
+                assert float((row - row_before).abs().max()) <= own * qmax
+                assert len(row.abs().unique()) <= qmax + 1
+
+
+def test_gains_are_stored_in_float16() -> None:
+    _, read = unpack(artifact())
+    gains = state().keys() - train_gpt.export_grids(H).keys()
+    assert len(gains) == 7
+    for name in gains:
+        assert torch.equal(read[name], state()[name].to(torch.float16).to(torch.float32)), name
+
+
+@settings(max_examples=20)
+@given(st.integers(0, 2**31), st.sampled_from([1e-6, 1e-3, 1.0, 30.0]),
+       st.sampled_from([1e-5, 0.003, 0.1, 10.0]))  # fmt: skip
+def test_the_model_read_back_is_the_one_that_the_grid_gives(
+    seed: int, scale: float, step: float
+) -> None:
+    weights = {name: w * scale for name, w in state(seed % 5).items()}
+    _, read = unpack(pack(weights, H, step))
+    grids = train_gpt.export_grids(H)
+    for name, w in weights.items():
+        if name not in grids:
+            assert torch.equal(read[name], w.half().float()), name
+            continue
+        g = [torch.tensor(x).float().view(-1, 1, 1) for x in (grids[name].qmax,
+                                                             grids[name].step_ratio)]  # fmt: skip
+        expected = train_gpt.fake_quantize(w.reshape(-1, *w.shape[-2:]), torch.tensor(step), *g)
+        assert torch.equal(read[name], expected.view(w.shape)), name
+
+
+def test_a_gain_below_the_float16_normals_and_negative_zero_survive() -> None:
+    weights = dict(state())
+    weights["ve_scale"] = torch.tensor([6e-8, -0.0])
+    _, read = unpack(pack(weights, H, STEP))
+    assert read["ve_scale"].tolist() == weights["ve_scale"].half().tolist()
+    assert math.copysign(1, read["ve_scale"][1]) == -1
+
+
+def test_the_same_weights_give_the_same_bytes() -> None:
+    assert pack(state(), H, STEP) == artifact()
+    copies = {name: w.clone() for name, w in state().items()}
+    assert pack(copies, H, STEP) == artifact()
+
+
+def test_other_weights_or_another_step_give_other_bytes() -> None:
+    assert pack(state(1), H, STEP) != artifact()
+    assert pack(state(), H, STEP * 1.5) != artifact()
+
+
+def test_packing_changes_neither_the_weights_nor_needs_them_contiguous() -> None:
+    before = {name: w.clone() for name, w in state().items()}
+    strided = dict(state())
+    strided["qo_bank"] = state()["qo_bank"].mT.contiguous().mT
+    assert not strided["qo_bank"].is_contiguous()
+    assert pack(strided, H, STEP) == artifact()
+    assert all(torch.equal(w, before[name]) for name, w in state().items())
+
+
+def test_weights_that_need_gradients_or_are_bfloat16_can_be_packed() -> None:
+    grad = {name: torch.nn.Parameter(w.clone()) for name, w in state().items()}
+    detached = {name: p.detach() for name, p in grad.items()}
+    assert pack(detached, H, STEP) == artifact()
+
+
+def test_reading_unpickles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError("something was unpickled")
+
+    for module, name in ((pickle, "load"), (pickle, "loads"), (pickle, "Unpickler"),
+                         (torch, "load")):  # fmt: skip
+        monkeypatch.setattr(module, name, refuse)
+    _, read = unpack(artifact())
+    assert read.keys() == state().keys()
+
+
+# Damage
+
+
+@settings(max_examples=150)
+@given(st.floats(0, 1, exclude_max=True), st.integers(1, 255))
+@example(0.0, 1)
+@example(8 / 40_000, 3)
+def test_any_changed_byte_is_refused(where: float, mask: int) -> None:
+    damaged = bytearray(artifact())
+    damaged[int(where * len(damaged))] ^= mask
+    refusal(bytes(damaged))
+
+
+def test_a_changed_byte_is_refused_at_every_place_of_the_fixed_fields() -> None:
+    for position in range(64):
+        damaged = bytearray(artifact())
+        damaged[position] ^= 1
+        refusal(bytes(damaged))
+
+
+@pytest.mark.parametrize("kept", [0, 1, 7, 8, 11, 12, 40, 43, 44, 47, 48, 49, 200, -100, -1])
+def test_a_truncated_artifact_is_refused(kept: int) -> None:
+    refusal(artifact()[:kept])
+
+
+def test_bytes_after_the_end_are_refused() -> None:
+    refusal(artifact() + b"\0")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"PK\x03\x04" + bytes(100), b"\x80\x02}q\x00.", zlib.compress(bytes(1000)),
+     b"#!/usr/bin/env python\n" * 10, bytes(5000)],
+    ids=["empty", "zip", "pickle", "zlib", "text", "zeros"],
+)  # fmt: skip
+def test_a_foreign_file_is_refused_as_no_artifact(content: bytes) -> None:
+    message = refusal(content)
+    assert "not an artifact" in message
+    assert "final_model.ptz of a run" in message
+
+
+def test_another_version_is_refused_by_its_number() -> None:
+    other = bytearray(artifact())
+    struct.pack_into("<I", other, 8, 77)
+    assert "version 1, found 77" in refusal(bytes(other))
+
+
+def test_a_damaged_body_is_told_from_a_foreign_file() -> None:
+    damaged = artifact()[:-50] + bytes(50)
+    message = refusal(damaged)
+    assert "damaged" in message
+    assert "not an artifact" not in message
+
+
+def test_the_checksum_is_that_of_the_body() -> None:
+    assert artifact()[12:44] == hashlib.sha256(artifact()[44:]).digest()
+
+
+@pytest.mark.parametrize("name", train_gpt.ARCHITECTURE)
+def test_an_artifact_of_another_architecture_is_refused_with_the_setting_to_change(
+    name: str,
+) -> None:
+    architecture, _ = unpack(artifact())
+    train_gpt.checked_state(H, architecture, "a.ptz")
+    architecture[name] = architecture[name] + 2
+    with pytest.raises(RunError) as caught:
+        train_gpt.checked_state(H, architecture, "a.ptz")
+    message = str(caught.value)
+    assert message.startswith("a.ptz: ")
+    assert f"{name.upper()}={architecture[name]}" in message
+
+
+def test_an_artifact_that_lacks_a_field_of_the_architecture_is_refused() -> None:
+    architecture, _ = unpack(artifact())
+    del architecture["rope_base"]
+    with pytest.raises(RunError, match=r"^a\.ptz: .*rope_base"):
+        train_gpt.checked_state(H, architecture, "a.ptz")
+
+
+# Budget
+
+
+def packed(weights: dict[str, Tensor], budget: int) -> bytes:
+    return pack_to_budget(weights, H, budget, lambda line: None)
+
+
+@pytest.mark.parametrize(
+    ("scale", "budget"),
+    [(1e-7, 12_345), (1e-3, 9_000), (0.05, 16_000), (1.0, 15_500), (40.0, 16_000), (1000.0, 20_000),
+     (1.0, 26_000)],
+)  # fmt: skip
+def test_an_artifact_never_reaches_its_budget(scale: float, budget: int) -> None:
+    weights = {name: w * scale for name, w in state(2).items()}
+    blob = packed(weights, budget)
+    assert len(blob) < budget
+    _, read = unpack(blob)
+    assert all(bool(torch.isfinite(w).all()) for w in read.values())
+
+
+@pytest.mark.parametrize("budget", [12_000, 16_000, 20_000])
+def test_a_budget_that_binds_is_used_to_within_a_percent(budget: int) -> None:
+    assert 0.99 * budget < len(packed(state(), budget)) < budget
+
+
+def test_a_larger_budget_gives_weights_nearer_to_the_trained_ones() -> None:
+    errors = []
+    for budget in (9_000, 13_000, 20_000):
+        _, read = unpack(packed(state(), budget))
+        errors.append(float((read["mlp_bank"] - state()["mlp_bank"]).square().mean()))
+    assert errors == sorted(errors, reverse=True)
+    assert errors[0] > 3 * errors[-1]
+
+
+def test_a_budget_beyond_the_range_of_the_codes_is_left_unused_and_everything_is_finest() -> None:
+    blob = packed(state(), 10**7)
+    assert len(blob) < 40_000
+    _, read = unpack(blob)
+    for name in train_gpt.export_grids(H):
+        w = state()[name]
+        widest = w.abs().amax(-1, keepdim=True) / 31
+        assert bool(((read[name] - w).abs() <= 0.5 * w.abs().amax()).all())
+        error = (read[name] - w).square().mean()
+        assert float(error) <= float((widest.square() / 12).mean()) * 1.5, name
+
+
+def test_a_budget_that_nothing_fits_is_refused_with_the_remedy() -> None:
+    for budget in (1, 1_500):
+        with pytest.raises(RunError, match=rf"{budget} bytes.*ARTIFACT_BYTES"):
+            packed(state(), budget)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["qo_bank", "tok_emb", "ve_scale"])
+def test_weights_that_are_not_finite_are_refused_by_name(name: str, value: float) -> None:
+    weights = {n: w.clone() for n, w in state().items()}
+    weights[name].view(-1)[1] = value
+    with pytest.raises(RunError, match=rf"{name}.*lower learning rate"):
+        packed(weights, 20_000)
+
+
+def test_a_gain_past_float16_is_refused_and_a_matrix_that_large_is_not() -> None:
+    weights = {n: w.clone() for n, w in state().items()}
+    weights["ve_scale"][0] = 65_600.0
+    with pytest.raises(RunError, match="ve_scale"):
+        packed(weights, 20_000)
+    weights = {n: w.clone() for n, w in state().items()}
+    weights["qo_bank"][0, 0, 0] = 1e6
+    _, read = unpack(packed(weights, 20_000))
+    assert float(read["qo_bank"][0, 0, 0]) >= 0.5e6 * (1 - 1e-6)
+
+
+def test_weights_of_zeros_can_be_packed() -> None:
+    weights = {name: torch.zeros_like(w) for name, w in state().items()}
+    _, read = unpack(packed(weights, 20_000))
+    assert not any(w.any() for w in read.values())
+
+
+def test_each_attempt_is_logged_with_its_size() -> None:
+    lines: list[str] = []
+    blob = pack_to_budget(state(), H, 16_000, lines.append)
+    assert 1 <= len(lines) <= 12
+    assert any(f"packed_bytes:{len(blob)} " in line for line in lines)
+
+
+def test_the_entropy_in_the_log_is_that_of_the_codes() -> None:
+    lines: list[str] = []
+    pack_to_budget(state(), H, 20_000, lines.append)
+    fields = dict(field.split(":") for field in lines[-1].split() if ":" in field)
+    step, bits = float(fields["step"]), 0.0
+    for name, g in train_gpt.export_grids(H).items():
+        w = state()[name].reshape(len(g.qmax), -1, state()[name].shape[-1])
+        for matrix, qmax, ratio in zip(w, g.qmax, g.step_ratio, strict=True):
+            one = [torch.full((1, 1, 1), float(x)) for x in (qmax, ratio)]
+            codes, _ = train_gpt.quantize(matrix[None], torch.tensor(step), *one)
+            counts = codes.flatten().unique(return_counts=True)[1].double()
+            bits -= float((counts * torch.log2(counts / counts.sum())).sum())
+    assert float(fields["entropy_bytes"]) == pytest.approx(bits / 8, rel=1e-3)

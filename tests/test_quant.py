@@ -1,0 +1,345 @@
+"""Claims about the grid: what rounding does to weights, and that training and export share it."""
+
+import itertools
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+import support
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import train_gpt
+from train_gpt import (
+    dequantize,
+    encode,
+    entropy_bits,
+    fake_quantize,
+    fit_step,
+    quantize,
+    row_scales,
+)
+
+QMAX = (31, 127)
+STEPS = (0.0, 1e-9, 1e-4, 0.003, 0.02, 0.3, 5.0, 1e4)
+RATIOS = (0.0, 0.7, 1.0)
+EVERY_GRID = list(itertools.product(QMAX, STEPS, RATIOS))
+
+some_weights = st.builds(
+    lambda seed, scale, heavy, rows: weights(seed, scale, heavy, rows),
+    seed=st.integers(0, 2**31), scale=st.sampled_from([1e-8, 1e-3, 0.02, 1.0, 300.0]),
+    heavy=st.booleans(), rows=st.integers(1, 40),
+)  # fmt: skip
+some_grid = st.sampled_from(EVERY_GRID)
+
+
+def weights(
+    seed: int, scale: float = 1.0, heavy: bool = False, rows: int = 40, columns: int = 24
+) -> Tensor:
+    """(2, rows, columns) float32 whose rows differ in spread, with a heavy tail if asked."""
+    rng, shape = np.random.default_rng(seed), (2, rows, columns)
+    w = rng.standard_t(3, shape) if heavy else rng.standard_normal(shape)
+    return torch.from_numpy(w * rng.uniform(0.05, 2, (2, rows, 1)) * scale).float()
+
+
+def grid(qmax: float, step: float, ratio: float, n: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+    """(step, qmax, ratio) as quantize takes them."""
+    return (torch.tensor(step), torch.full((n, 1, 1), float(qmax)),
+            torch.full((n, 1, 1), float(ratio)))  # fmt: skip
+
+
+# Rounding
+
+
+@settings(max_examples=60)
+@given(some_weights, some_grid)
+def test_codes_are_whole_numbers_within_the_range_of_the_grid(
+    w: Tensor, g: tuple[int, float, float]
+) -> None:
+    codes, scale = quantize(w, *grid(*g))
+    assert codes.dtype == torch.int8
+    assert codes.shape == w.shape
+    assert scale.shape == (*w.shape[:2], 1)
+    assert scale.dtype == torch.float32
+    assert int(codes.to(torch.int16).abs().max()) <= g[0]
+    assert bool((scale > 0).all())
+    assert bool(torch.isfinite(scale).all())
+
+
+@settings(max_examples=60)
+@given(some_weights, some_grid)
+def test_a_weight_inside_the_range_moves_by_at_most_half_a_scale(
+    w: Tensor, g: tuple[int, float, float]
+) -> None:
+    _, scale = quantize(w, *grid(*g))
+    moved = (fake_quantize(w, *grid(*g)).double() - w.double()).abs()
+    inside = w.double().abs() <= g[0] * scale.double()
+    half = scale.double() / 2 + w.double().abs() * 2.0**-22  # float32 rounds the product
+    assert bool((moved <= half)[inside].all())
+
+
+@settings(max_examples=60)
+@given(some_weights, some_grid)
+def test_a_weight_past_the_range_becomes_the_end_of_the_range(
+    w: Tensor, g: tuple[int, float, float]
+) -> None:
+    codes, scale = quantize(w, *grid(*g))
+    past = w.double().abs() > (g[0] + 0.5) * scale.double() * (1 + 1e-6)
+    assert torch.equal(codes[past].float(), g[0] * torch.sign(w[past]))
+
+
+@settings(max_examples=60)
+@given(some_weights, some_grid)
+def test_rounding_is_the_nearest_code_of_a_plain_loop(
+    w: Tensor, g: tuple[int, float, float]
+) -> None:
+    codes, scale = quantize(w[:, :3], *grid(*g))
+    for n, r, c in np.ndindex(2, min(3, w.shape[1]), 24):
+        exact = float(w[n, r, c]) / float(scale[n, r, 0])
+        if abs(exact % 1 - 0.5) < 1e-4:  # a tie in one precision need not be one in another
+            continue
+        expected = max(-g[0], min(g[0], math.floor(exact + 0.5)))
+        assert int(codes[n, r, c]) == expected
+        assert float(dequantize(codes, scale)[n, r, c]) == np.float32(expected) * np.float32(
+            float(scale[n, r, 0])
+        )
+
+
+@pytest.mark.parametrize("qmax", QMAX)
+def test_quantize_is_encode_with_the_row_scales(qmax: int) -> None:
+    w = weights(5)
+    step, high, ratio = grid(qmax, 0.01, 0.7)
+    codes, scale = quantize(w, step, high, ratio)
+    assert torch.equal(scale, row_scales(w, step * ratio, high))
+    assert torch.equal(codes.float(), encode(w, scale, high))
+    assert torch.equal(fake_quantize(w, step, high, ratio), dequantize(codes, scale))
+
+
+@pytest.mark.parametrize(("qmax", "step", "ratio"), EVERY_GRID)
+def test_rounding_twice_is_rounding_once_bit_for_bit(qmax: int, step: float, ratio: float) -> None:
+    for seed, (scale, heavy) in enumerate([(0.05, False), (1.0, False), (1.0, True)]):
+        w = weights(seed, scale, heavy, rows=200, columns=512)
+        once = fake_quantize(w, *grid(qmax, step, ratio))
+        twice = fake_quantize(once, *grid(qmax, step, ratio))
+        rows = int((once != twice).any(-1).sum())
+        assert rows == 0, f"{rows} of 400 rows moved (scale {scale}, heavy {heavy})"
+
+
+@pytest.mark.parametrize(("qmax", "step", "ratio"), EVERY_GRID)
+def test_a_row_of_zeros_stays_zeros(qmax: int, step: float, ratio: float) -> None:
+    w = weights(0)
+    w[:, 3] = 0
+    codes, scale = quantize(w, *grid(qmax, step, ratio))
+    assert not codes[:, 3].any()
+    assert not dequantize(codes, scale)[:, 3].any()
+    assert bool(torch.isfinite(scale).all())
+
+
+@pytest.mark.parametrize("step", [0.0, 1e-4, 0.01])
+@pytest.mark.parametrize("qmax", QMAX)
+def test_one_huge_weight_spoils_its_own_row_only(qmax: int, step: float) -> None:
+    w = weights(1)
+    spoilt = w.clone()
+    spoilt[1, 7, 2] = 1e6
+    before, after = (fake_quantize(x, *grid(qmax, step, 1.0)) for x in (w, spoilt))
+    different = (before != after).any(-1)
+    assert different.nonzero().tolist() in ([[1, 7]], [])
+    assert bool(torch.isfinite(after).all())
+    assert float(after[1, 7, 2]) >= 0.5e6 * (1 - 1e-6)
+
+
+@pytest.mark.parametrize("qmax", QMAX)
+def test_the_scale_of_a_row_depends_on_no_other_row(qmax: int) -> None:
+    w = weights(2, heavy=True)
+    whole = row_scales(w, *grid(qmax, 0.02, 1.0)[:2])
+    for n, r in ((0, 0), (1, 17), (0, 39)):
+        alone = row_scales(w[n : n + 1, r : r + 1], *grid(qmax, 0.02, 1.0, n=1)[:2])
+        assert float(alone) == float(whole[n, r])
+
+
+@settings(max_examples=40)
+@given(some_weights, st.sampled_from(QMAX), st.sampled_from([1e-4, 0.003, 0.02, 0.3, 5.0]))
+def test_the_scale_is_the_cheapest_candidate_in_rate_and_distortion(
+    w: Tensor, qmax: int, floor: float
+) -> None:
+    scale = row_scales(w, torch.full((2, 1, 1), floor), torch.full((2, 1, 1), float(qmax)))
+    floor = float(np.float32(floor))
+    # The price at which `floor` is the optimum of s^2 / 12 - price * log2(s), by differentiation.
+    price = (floor / 6) / (1 / (floor * math.log(2)))
+    for n, r in itertools.product(range(2), range(min(4, w.shape[1]))):
+        row = w[n, r].double().numpy()
+
+        def error(s: float, row: np.ndarray = row) -> float:
+            return float(((row - np.clip(np.rint(row / s), -qmax, qmax) * s) ** 2).sum())
+
+        def cost(s: float, row: np.ndarray = row) -> float:
+            return error(s) - len(row) * price * math.log2(s / floor)
+
+        widest = np.abs(row).max() / qmax
+        candidates = [max(widest * ratio, floor) for ratio in train_gpt.CLIP_RATIOS]
+        chosen = float(scale[n, r, 0])
+        stored = 2.0**-8  # a stored scale may have as few as 8 bits
+        assert min(abs(chosen / c - 1) for c in candidates) <= stored, "not one of the candidates"
+        best = min(candidates, key=cost)
+        assert cost(chosen) <= cost(best) + 0.02 * error(best) + 2 * stored * len(row) * price
+
+
+@pytest.mark.parametrize("qmax", QMAX)
+def test_a_row_that_fits_the_range_has_the_common_step_as_its_scale(qmax: int) -> None:
+    w = weights(4)
+    step = float(w.abs().max()) / qmax * 1.01
+    for ratio in (0.7, 1.0):
+        scale = row_scales(w, *grid(qmax, step, 1.0)[:2])
+        assert scale.unique().tolist() == pytest.approx([step], rel=2.0**-8)
+        _, scale = quantize(w, *grid(qmax, step / ratio, ratio))
+        assert scale.unique().tolist() == pytest.approx([step], rel=2.0**-8)
+
+
+@pytest.mark.parametrize("qmax", QMAX)
+@pytest.mark.parametrize("step", [0.0, 0.01, 100.0])
+def test_a_step_ratio_of_zero_gives_every_row_the_scale_of_its_own_maximum(
+    qmax: int, step: float
+) -> None:
+    rows = []
+    for spread in (1e-4, 0.1, 1.0, 50.0):  # values that no clip rounds better
+        codes = torch.arange(-qmax, qmax + 1).float()
+        rows.append(codes * spread)
+    w = torch.stack(rows)[None]
+    _, scale = quantize(w, *grid(qmax, step, 0.0, n=1))
+    expected = w.abs().amax(-1, keepdim=True) / qmax
+    assert torch.allclose(scale, expected, rtol=2.0**-8, atol=0)
+    one = torch.full((1, 1, 1), float(qmax))
+    assert torch.equal(scale, quantize(w, torch.tensor(0.0), one, one)[1]), "the step has no say"
+
+
+def test_a_finer_step_never_rounds_worse_where_no_weight_is_clipped() -> None:
+    w = weights(6, 0.1)
+    errors = []
+    for step in (0.2, 0.1, 0.05, 0.02, 0.01, 0.005):
+        errors.append(float((fake_quantize(w, *grid(127, step, 1.0)) - w).square().mean()))
+    assert errors == sorted(errors, reverse=True)
+
+
+# Which grid a parameter is on
+
+
+def test_every_matrix_has_a_grid_and_no_gain_has_one() -> None:
+    h = support.tiny()
+    shapes = train_gpt.parameter_shapes(h)
+    grids = train_gpt.export_grids(h)
+    vectors = {n for n in shapes if n.endswith(("_scale", "_gate", "_mix", "_gain", "_weight"))}
+    assert grids.keys() == shapes.keys() - vectors
+    for name, g in grids.items():
+        matrices = math.prod(shapes[name][:-2])
+        assert len(g.qmax) == len(g.step_ratio) == matrices, name
+
+
+def test_the_first_and_last_layer_have_int8_range_and_the_others_int6() -> None:
+    h = support.tiny(num_layers=5, int8_step_ratio=0.6)
+    for name in ("qo_bank", "kv_bank", "mlp_bank"):
+        g = train_gpt.export_grids(h)[name]
+        assert g.qmax == (127, 31, 31, 31, 127) * 2
+        assert g.step_ratio == (0.6, 1.0, 1.0, 1.0, 0.6) * 2
+        qmax, ratio = g.tensors(torch.zeros(1))
+        assert qmax.shape == ratio.shape == (10, 1, 1)
+        assert qmax.flatten().tolist() == list(g.qmax)
+        assert np.allclose(ratio.flatten().tolist(), g.step_ratio)
+
+
+# Size
+
+
+@settings(max_examples=40)
+@given(st.integers(0, 2**31), st.integers(1, 4), st.sampled_from([1, 2, 40, 127]))
+def test_the_entropy_is_that_of_a_plain_count(seed: int, n: int, top: int) -> None:
+    rng = np.random.default_rng(seed)
+    codes = np.rint(rng.standard_normal((n, 7, 11)) * top / 2).clip(-top, top).astype(np.int8)
+    bits = 0.0
+    for matrix in codes:
+        counts = Counter(matrix.flatten().tolist())
+        total = sum(counts.values())
+        bits -= sum(c * math.log2(c / total) for c in counts.values())
+    assert entropy_bits(torch.from_numpy(codes)) == pytest.approx(bits, rel=1e-12, abs=1e-9)
+
+
+def test_the_entropy_of_equal_codes_is_zero_and_of_all_codes_eight_bits() -> None:
+    assert entropy_bits(torch.full((3, 8, 8), -7, dtype=torch.int8)) == 0
+    every = torch.arange(-128, 128).to(torch.int8).view(1, 16, 16)
+    assert entropy_bits(every) == pytest.approx(8 * 256)
+
+
+def test_the_entropy_falls_as_the_step_grows() -> None:
+    w = weights(7, 0.05)
+    steps = [0.002 * 1.3**i for i in range(18)]
+    bits = [entropy_bits(quantize(w, *grid(127, step, 1.0))[0]) for step in steps]
+    assert bits == sorted(bits, reverse=True)
+
+
+@settings(max_examples=60)
+@given(st.floats(-20, 6), st.sampled_from([0.5, 1.0, 3.0]))
+def test_fit_step_finds_the_smallest_step_that_meets_the_target(
+    where: float, power: float
+) -> None:
+    def size_of(step: float) -> float:
+        return 1000.0 * step**-power
+
+    exact = 2.0**where
+    step = fit_step(size_of, size_of(exact))
+    assert size_of(step) <= size_of(exact)
+    assert exact <= step <= exact * 1.0001
+
+
+@settings(max_examples=60)
+@given(st.floats(-20, 6))
+def test_fit_step_meets_the_target_of_a_size_that_falls_in_jumps(where: float) -> None:
+    def size_of(step: float) -> float:
+        return 10.0 if step < 2.0**where else 5.0
+
+    step = fit_step(size_of, 7.0)
+    assert 2.0**where <= step <= 2.0**where * 1.0001
+    assert size_of(fit_step(size_of, 20.0)) == 10.0  # a target that anything meets
+
+
+# Training and export
+
+
+def test_packed_weights_read_back_are_the_fake_quantised_weights_bit_for_bit() -> None:
+    h = support.tiny()
+    masters = support.tiny_weights(h)
+    for step in (0.001, 0.0371, 0.3):
+        _, read = train_gpt.unpack(train_gpt.pack(masters, h, step))
+        for name, g in train_gpt.export_grids(h).items():
+            qmax, ratio = (torch.tensor(x).float().view(-1, 1, 1) for x in (g.qmax, g.step_ratio))
+            w = masters[name].reshape(-1, *masters[name].shape[-2:])
+            expected = fake_quantize(w, torch.tensor(step), qmax, ratio).view(masters[name].shape)
+            assert torch.equal(read[name], expected), name
+            assert not torch.equal(read[name], masters[name]), "the step must matter"
+
+
+def test_the_working_weights_of_late_qat_are_the_exported_weights_bit_for_bit() -> None:
+    h = support.tiny()
+    model = support.tiny_model(h)
+    optimizer = train_gpt.Optimizer(model, h, support.cpu_runtime())
+    step = optimizer.start_qat(9_000)
+    optimizer.write_back()
+    masters = optimizer.gather(optimizer.masters())
+    _, read = train_gpt.unpack(train_gpt.pack(masters, h, step))
+    for name, working in model.named_parameters():
+        stored = read[name]
+        if name in train_gpt.export_grids(h):
+            assert torch.equal(working.detach(), stored), name
+            assert not torch.equal(working.detach(), masters[name]), name
+        else:
+            assert torch.equal(masters[name].half().float(), stored), name
+
+
+def test_packing_weights_that_are_on_the_grid_moves_none_of_them() -> None:
+    h = support.tiny()
+    for seed, step in enumerate((0.002, 0.01, 0.0371, 0.1, 0.3)):
+        _, once = train_gpt.unpack(train_gpt.pack(support.tiny_weights(h, seed), h, step))
+        _, twice = train_gpt.unpack(train_gpt.pack(once, h, step))
+        for name, w in once.items():
+            assert torch.equal(w, twice[name]), (name, step)

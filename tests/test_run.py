@@ -1,0 +1,405 @@
+"""Claims about whole runs, as a user starts them: files, log, errors, by 1 and by 2 ranks."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import sentencepiece
+import torch
+from support import REPO, write_shard
+
+VOCAB = 300
+WORDS = "river stone lantern quiet harbour seven violet engine winter caf\u00e9 and the of".split()
+SETTINGS = dict(  # the smoke preset, smaller
+    PRESET="smoke",
+    VOCAB_SIZE=VOCAB,
+    TRAIN_SEQ_LEN=64,
+    TRAIN_BATCH_TOKENS=512,
+    MICRO_BATCH_TOKENS=256,
+    VAL_BATCH_SIZE=1024,
+    EVAL_STRIDE=16,
+    MODEL_DIM=64,
+    MLP_HIDDEN=96,
+    VE_DIM=16,
+    ITERATIONS=12,
+    VAL_LOSS_EVERY=6,
+    TRAIN_LOG_EVERY=2,
+    WARMUP_STEPS=1,
+    MAX_WALLCLOCK_SECONDS=0,
+    SWA_THRESHOLD=0.5,
+    QAT_THRESHOLD=0.3,
+    OMP_NUM_THREADS=1,
+)
+SUBMISSION_KEYS = """author github_id name blurb date track dataset hardware pytorch_version
+    model_params val_loss val_bpb val_bpb_roundtrip averaged_val_bpb trained_val_bpb eval_stride
+    bytes_total bytes_code bytes_model_int6_zstd step_stop step_avg_ms wallclock_seconds
+    eval_time_seconds seeds seed_results""".split()
+SEED_KEYS = "val_loss val_bpb val_bpb_roundtrip artifact_bytes steps step_avg_ms".split()
+
+
+def documents(count: int, seed: int) -> list[str]:
+    generator = np.random.Generator(np.random.PCG64(seed))
+    return [" ".join(generator.choice(WORDS, 30).tolist()) + f" {i}." for i in range(count)]
+
+
+@dataclass
+class Finished:
+    """A run that has ended."""
+
+    status: int
+    stdout: str
+    stderr: str
+    seconds: float
+    folder: Path  # its OUTPUT_DIR
+    log: list[str]  # lines of its train.log, with `report` as they were when it ended
+    report: dict[str, Any]  # its submission.json
+
+    @property
+    def errors(self) -> list[str]:
+        return [line for line in self.stderr.splitlines() if line.startswith("error")]
+
+    def score(self, start: str) -> float:
+        """val_bpb of the one output line that starts so."""
+        lines = [line for line in self.stdout.splitlines() if line.startswith(start)]
+        assert len(lines) == 1, (start, lines)
+        return float(re.search(r"val_bpb:(\d+\.\d{8})", lines[0])[1])  # type: ignore
+
+
+class Launcher:
+    """Runs of the program, two at a time, each started once and waited for where it is needed."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.data = folder, folder / "data"
+        self.tokenizer = self.data / "tiny.model"
+        self.pool = ThreadPoolExecutor(2)
+        self.runs: dict[str, Future[Finished]] = {}
+        self.make_data()
+
+    def make_data(self) -> None:
+        self.data.mkdir()
+        texts = self.data / "texts.txt"
+        texts.write_text("\n".join(documents(300, 0)))
+        sentencepiece.SentencePieceTrainer.train(
+            input=str(texts),
+            model_prefix=str(self.data / "tiny"),
+            vocab_size=VOCAB,
+            model_type="bpe",
+            byte_fallback=True,
+            hard_vocab_limit=False,
+            minloglevel=2,
+        )
+        processor = sentencepiece.SentencePieceProcessor(model_file=str(self.tokenizer))
+        assert processor.vocab_size() == VOCAB
+        self.tokens = {
+            split: [t for text in documents(count, seed) for t in (1, *processor.encode(text))]
+            for split, count, seed in (("train", 200, 1), ("val", 20, 2))
+        }
+        self.dataset("good", train=self.tokens["train"], val=self.tokens["val"])
+
+    def dataset(self, name: str, train: list[int], val: list[int]) -> Path:
+        for split, tokens in (("train", train), ("val", val)):
+            write_shard(self.data / name / f"fineweb_{split}_000000.bin", tokens)
+        return self.data / name
+
+    def start(self, name: str, ranks: int = 1, after: str = "", **settings: object) -> None:
+        """Queues a run; `after` names one, queued before, whose files it needs."""
+
+        def wait_and_run() -> Finished:
+            if after:
+                self.runs[after].result()
+            return self.run(name, ranks, settings)
+
+        self.runs[name] = self.pool.submit(wait_and_run)
+
+    def run(self, name: str, ranks: int, settings: dict[str, object]) -> Finished:
+        defaults = {
+            "DATA_PATH": self.data / "good",
+            "TOKENIZER_PATH": self.tokenizer,
+            "OUTPUT_DIR": self.folder / name,
+        }
+        mine = {**SETTINGS, **defaults, **settings}
+        keep = ("PATH", "HOME", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "PYENV_VERSION", "TMPDIR")
+        env = {k: os.environ[k] for k in keep if k in os.environ}
+        env |= {k: str(v) for k, v in mine.items()}
+        command = [sys.executable]
+        if ranks > 1:
+            command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        began = time.perf_counter()
+        done = subprocess.run(
+            [*command, str(REPO / "train_gpt.py")],
+            env=env,
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            timeout=100,
+        )
+        seconds, out = time.perf_counter() - began, Path(str(mine["OUTPUT_DIR"]))
+        log, report = out / "train.log", out / "submission.json"
+        lines = log.read_text().splitlines() if log.exists() else []
+        fields = json.loads(report.read_text()) if report.exists() else {}
+        return Finished(done.returncode, done.stdout, done.stderr, seconds, out, lines, fields)
+
+    def close(self) -> None:
+        self.pool.shutdown(cancel_futures=True)
+
+
+MISTAKES: dict[str, tuple[dict[str, object], str]] = {  # settings, pattern of the message
+    "missing data": (dict(DATA_PATH="/nowhere"), r"DATA_PATH=/nowhere.*fineweb_"),
+    "short shard": (dict(DATA_PATH="SHORT"), r"fineweb_val_000000\.bin.*bytes"),
+    "foreign train token": (dict(DATA_PATH="TRAIN_TOKEN"), r"token id 999.*VOCAB_SIZE=300"),
+    "missing tokenizer": (dict(TOKENIZER_PATH="/no.model"), r"TOKENIZER_PATH=/no\.model"),
+    "bad override": (dict(ITERATIONS="many"), r"ITERATIONS='many'"),
+    "zero length": (dict(TRAIN_SEQ_LEN=0), r"TRAIN_SEQ_LEN=0"),
+    "unwritable output": (dict(OUTPUT_DIR="/dev/null/out"), r"/dev/null/out"),
+    "no checkpoint": (dict(RESUME_FROM="FOREIGN"), r"RESUME_FROM=.*foreign\.pt"),
+}
+SHARED_MISTAKES = ["missing data", "bad override"]  # also by 2 ranks
+
+
+@pytest.fixture(scope="module")
+def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
+    """Every run of this file."""
+    launcher = Launcher(tmp_path_factory.mktemp("runs"))
+    folder, tokens = launcher.folder, launcher.tokens
+    launcher.start("one")
+    launcher.start("two", ranks=2)
+    made = {
+        "SHORT": launcher.dataset("short", **tokens),
+        "TRAIN_TOKEN": launcher.dataset(
+            "train_token", tokens["train"] + [999] * 700, tokens["val"]
+        ),
+        "FOREIGN": folder / "foreign.pt",
+    }
+    shard = made["SHORT"] / "fineweb_val_000000.bin"
+    shard.write_bytes(shard.read_bytes()[:-10])
+    torch.save({"weights": torch.zeros(3)}, made["FOREIGN"])
+    late = folder / "late/sitecustomize.py"  # rank 0 starts after the others
+    late.parent.mkdir()
+    late.write_text("import os, time\nif os.environ.get('RANK') == '0': time.sleep(2)\n")
+    launcher.start(
+        "foreign train token 2", ranks=2, DATA_PATH=made["TRAIN_TOKEN"], VAL_LOSS_EVERY=0
+    )
+    launcher.start("indivisible 2", ranks=2, PYTHONPATH=late.parent, TRAIN_BATCH_TOKENS=7 * 64)
+    for name, (settings, _) in MISTAKES.items():
+        settings = {k: made.get(str(v), v) for k, v in settings.items()}
+        launcher.start(name, **settings)
+        if name in SHARED_MISTAKES:
+            launcher.start(f"{name} 2", ranks=2, PYTHONPATH=late.parent, **settings)
+    trained = folder / "one"
+    launcher.start("eval", after="one", EVAL_ONLY=trained / "final_model.ptz")
+    launcher.start("resume", after="one", RESUME_FROM=trained / "final_model.pt")
+    launcher.start(
+        "resume in place",
+        after="two",
+        OUTPUT_DIR=folder / "two",
+        RESUME_FROM=folder / "two/final_model.pt",
+    )
+    launcher.start("no git", after="one", EVAL_ONLY=trained / "final_model.ptz", PATH="/nowhere")
+    launcher.start("other", after="one", EVAL_ONLY=trained / "final_model.ptz", NUM_LAYERS=5)
+    launcher.start("capped", MAX_WALLCLOCK_SECONDS=2, ITERATIONS=100_000, VAL_LOSS_EVERY=0)
+    yield launcher
+    launcher.close()
+
+
+@pytest.fixture
+def finished(launcher: Launcher) -> Callable[[str], Finished]:
+    return lambda name: launcher.runs[name].result()
+
+
+Get = Callable[[str], Finished]
+
+
+# Runs that succeed
+
+
+@pytest.mark.parametrize("name", ["one", "two"])
+def test_a_run_ends_well_and_leaves_its_files(finished: Get, name: str) -> None:
+    run = finished(name)
+    assert run.status == 0, run.stderr
+    assert run.errors == [] and "Traceback" not in run.stderr
+    for file in ("train.log", "submission.json", "final_model.pt", "final_model.ptz"):
+        assert (run.folder / file).stat().st_size > 0, file
+    assert not list(run.folder.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("name", ["one", "two"])
+def test_submission_holds_every_field_and_agrees_with_the_files(finished: Get, name: str) -> None:
+    run = finished(name)
+    report = run.report
+    assert [key for key in SUBMISSION_KEYS if report.get(key) is None] == []
+    seed = report["seed_results"][str(report["seeds"][0])]
+    assert [key for key in SEED_KEYS if seed.get(key) is None] == []
+    code, artifact = REPO / "train_gpt.py", run.folder / "final_model.ptz"
+    assert report["bytes_code"] == code.stat().st_size
+    assert report["bytes_model_int6_zstd"] == artifact.stat().st_size
+    assert report["bytes_total"] == report["bytes_code"] + report["bytes_model_int6_zstd"]
+    assert seed["artifact_bytes"] == report["bytes_total"] < 16_000_000
+    assert seed["steps"] == report["step_stop"] == 12
+    assert seed["val_bpb"] == report["val_bpb"] and seed["val_loss"] == report["val_loss"]
+    assert report["eval_stride"] == 16 and report["track"] == "10min_16mb"
+    assert report["wallclock_seconds"] * 1e3 == pytest.approx(12 * report["step_avg_ms"], rel=0.01)
+
+
+def test_submission_repeats_the_scores_of_the_log(finished: Get) -> None:
+    run = finished("one")
+    report = run.report
+    for key, line in (
+        ("val_bpb", "final_int6_zstd_sliding_exact"),
+        ("val_bpb_roundtrip", "final_int6_zstd_roundtrip_exact"),
+        ("trained_val_bpb", "stage:trained"),
+        ("averaged_val_bpb", "stage:averaged"),
+    ):
+        assert run.score(line) == pytest.approx(report[key], abs=1e-8), key
+    scores = {
+        report[k] for k in ("val_bpb", "val_bpb_roundtrip", "trained_val_bpb", "averaged_val_bpb")
+    }
+    assert len(scores) == 4, "two stages share one number"
+    assert report["trained_val_bpb"] == pytest.approx(report["val_bpb_roundtrip"], rel=0.05)
+
+
+def test_bits_per_byte_follow_from_the_loss_and_the_text(finished: Get, launcher: Launcher) -> None:
+    run = finished("one")
+    report = run.report
+    text_bytes = sum(len(text.encode()) + 1 for text in documents(20, 2))  # + the dummy space
+    tokens = len(launcher.tokens["val"])
+    assert launcher.tokens["val"].count(1) == 20
+    # A space after a BOS is no text: the challenge's rule counts it not.
+    expected = report["val_loss"] * (tokens - 1) / np.log(2) / (text_bytes - 20)
+    assert report["val_bpb"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_log_has_the_lines_of_the_challenge(finished: Get) -> None:
+    log = finished("one").log
+    train = r"step:(\d+)/12 train_loss:\d+\.\d{4} train_time:\d+ms step_avg:\d+\.\d\dms"
+    steps = [int(m[1]) for line in log if (m := re.fullmatch(train, line))]
+    assert steps == [*range(1, 11), 12]
+    val = r"step:(\d+)/12 val_loss:\d+\.\d+ val_bpb:\d+\.\d+ .*train_time:\d+ms.*"
+    assert [m[1] for line in log if (m := re.fullmatch(val, line))][:1] == ["6"]
+    final = r"final_int6_zstd_roundtrip_exact val_loss:\d+\.\d{8} val_bpb:\d+\.\d{8}.*"
+    assert sum(bool(re.fullmatch(final, line)) for line in log) == 1
+
+
+def test_the_last_line_holds_score_and_size(finished: Get) -> None:
+    run = finished("one")
+    report = run.report
+    assert run.log[-1] == run.stdout.splitlines()[-1]
+    assert f"{report['val_bpb']:.8f}" in run.log[-1]
+    assert str(report["bytes_total"]) in run.log[-1]
+
+
+def test_the_log_holds_the_source_and_the_settings(finished: Get) -> None:
+    log = "\n".join(finished("one").log)
+    assert (REPO / "train_gpt.py").read_text().strip() in log
+    assert '"train_seq_len": 64' in log and '"seed": 1337' in log
+    assert torch.__version__ in log
+
+
+def losses(run: Finished) -> list[float]:
+    found = [re.match(r"step:\d+/\d+ train_loss:(\d+\.\d{4}) ", line) for line in run.log]
+    return [float(m[1]) for m in found if m]
+
+
+def test_one_and_two_ranks_print_the_same_losses(finished: Get) -> None:
+    """At full precision: test_optim.py::test_ranks_change_no_loss."""
+    one, two = losses(finished("one")), losses(finished("two"))
+    assert len(one) == 11 and one[-1] < 0.98 * one[0]
+    assert two[:5] == pytest.approx(one[:5], abs=1.01e-4)
+    assert two == pytest.approx(one, rel=5e-3)
+
+
+def test_one_and_two_ranks_score_the_same(finished: Get) -> None:
+    reports = [finished(name).report for name in ("one", "two")]
+    assert reports[0]["val_tokens"] == reports[1]["val_tokens"]
+    for key in ("trained_val_bpb", "averaged_val_bpb", "val_bpb_roundtrip", "val_bpb"):
+        assert reports[0][key] == pytest.approx(reports[1][key], rel=2e-3), key
+
+
+def test_eval_only_repeats_the_score(finished: Get) -> None:
+    trained, again = finished("one"), finished("eval")
+    assert again.status == 0, again.stderr
+    for line in ("final_int6_zstd_roundtrip_exact", "final_int6_zstd_sliding_exact"):
+        assert again.score(line) == pytest.approx(trained.score(line), abs=1e-6)
+    assert "train_loss" not in again.stdout
+    assert not again.report, "submission.json was written"
+
+
+def test_a_machine_without_git_runs_as_well(finished: Get) -> None:
+    run = finished("no git")
+    assert run.status == 0, run.stderr
+
+
+def test_resume_repeats_packing_bit_for_bit(finished: Get) -> None:
+    trained, again = finished("one"), finished("resume")
+    assert again.status == 0, again.stderr
+    packed = [(run.folder / "final_model.ptz").read_bytes() for run in (trained, again)]
+    assert packed[0] == packed[1]
+    for line in ("stage:averaged", "final_int6_zstd_sliding_exact"):
+        assert again.score(line) == pytest.approx(trained.score(line), abs=1e-6)
+    for key in ("step_stop", "step_avg_ms", "wallclock_seconds", "bytes_total"):
+        assert trained.report[key] == again.report[key], key
+
+
+def test_resume_in_the_same_folder_keeps_the_log_of_the_training(finished: Get) -> None:
+    run = finished("resume in place")
+    assert run.status == 0, run.stderr
+    assert len(losses(run)) == 11, "train.log was overwritten"
+
+
+def test_a_capped_run_ends_inside_its_cap(finished: Get) -> None:
+    run = finished("capped")
+    assert run.status == 0, run.stderr
+    report = run.report
+    assert 1.0 < report["wallclock_seconds"] <= 2.0 + 2 * report["step_avg_ms"] / 1e3
+    assert 12 < report["step_stop"] < 100_000
+
+
+# Runs that must fail
+
+
+def check_failure(run: Finished, pattern: str) -> None:
+    assert run.status != 0
+    assert len(run.errors) == 1, run.stderr
+    assert re.search(pattern, run.errors[0]), run.errors
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_ends_the_run_with_one_message(finished: Get, name: str) -> None:
+    run = finished(name)
+    check_failure(run, MISTAKES[name][1])
+    assert "Traceback" not in run.stderr
+
+
+def test_an_artifact_of_another_architecture_is_refused(finished: Get) -> None:
+    run = finished("other")
+    check_failure(run, r"final_model\.ptz: holds num_layers=4, expected 5; set NUM_LAYERS=4")
+    assert "Traceback" not in run.stderr
+
+
+@pytest.mark.parametrize("name", SHARED_MISTAKES)
+def test_a_mistake_ends_both_ranks_soon_with_one_message(finished: Get, name: str) -> None:
+    """Also where rank 0, which prints it, is the last to meet it."""
+    run = finished(f"{name} 2")
+    assert run.seconds < 60
+    check_failure(run, MISTAKES[name][1])
+
+
+def test_a_batch_that_two_ranks_cannot_share_is_refused(finished: Get) -> None:
+    run = finished("indivisible 2")
+    assert run.seconds < 60
+    check_failure(run, r"TRAIN_BATCH_TOKENS=448.*2 ranks")
+
+
+def test_a_fault_that_one_rank_meets_ends_both(finished: Get) -> None:
+    run = finished("foreign train token 2")
+    assert run.status != 0 and run.seconds < 60
+    assert run.errors and all(re.search("token id 999", line) for line in run.errors)

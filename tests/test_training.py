@@ -1,0 +1,377 @@
+"""Claims about the training loop: warm-up, graphs, clock, micro-batches, faults, golden losses.
+
+After a change that is meant to alter the losses, write the golden file again and commit it:
+
+    python tests/test_training.py --regenerate
+"""
+
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support import cpu_runtime, tiny, train_gpt, write_shard
+from torch import Tensor
+
+from train_gpt import BatchPlan, ByteTable, Evaluator, Hyperparameters, RunError, Runtime, Trainer
+
+GOLDEN = Path(__file__).with_name("golden_losses.json")
+VOCAB = 64  # of `tiny`
+
+
+def text(length: int, seed: int) -> list[int]:
+    """Documents that count up by their own stride, with one token in eight replaced."""
+    generator = np.random.Generator(np.random.PCG64(seed))
+    tokens: list[int] = []
+    while len(tokens) < length:
+        start, stride, size = generator.integers((60, 5, 40)) + (0, 1, 10)
+        body = 2 + (start + stride * np.arange(size)) % (VOCAB - 2)
+        noise = generator.integers(2, VOCAB, size)
+        tokens += [1, *np.where(generator.random(size) < 0.125, noise, body).tolist()]
+    return tokens[:length]
+
+
+def new_plan(h: Hyperparameters, folder: Path) -> BatchPlan:
+    shards = [
+        train_gpt.read_shard(write_shard(folder / f"fineweb_train_{i:06}.bin", text(3000 + i, i)))
+        for i in range(2)
+    ]
+    return BatchPlan(shards, h.train_seq_len, h.train_batch_tokens // h.train_seq_len, h.seed)
+
+
+def new_evaluator(h: Hyperparameters, runtime: Runtime) -> Evaluator:
+    """One byte a token."""
+    boundary = np.arange(VOCAB) == train_gpt.BOS_ID
+    table = ByteTable((~boundary).astype(np.int64), np.zeros(VOCAB, dtype=bool), boundary)
+    return Evaluator(h, runtime, np.array(text(300, 9), dtype=np.uint16), table)
+
+
+def new_trainer(h: Hyperparameters, runtime: Runtime | None = None) -> Trainer:
+    return Trainer(h, runtime or cpu_runtime(), train_gpt.sdpa(None))
+
+
+class Run:
+    """`train` on generated data, and what it printed."""
+
+    def __init__(self, h: Hyperparameters, folder: Path, runtime: Runtime | None = None):
+        runtime = runtime or cpu_runtime()
+        log = train_gpt.RunLog(folder / "train.log")
+        self.trainer = new_trainer(h, runtime)
+        evaluator = new_evaluator(h, runtime)
+        self.stages, self.facts = train_gpt.train(
+            h, runtime, log, evaluator, self.trainer, new_plan(h, folder)
+        )
+        self.lines = (folder / "train.log").read_text().splitlines()
+
+
+def losses_of(h: Hyperparameters, folder: Path, steps: int) -> list[float]:
+    """Training losses at full precision, by the steps of `train` with a fixed schedule."""
+    trainer, plan = new_trainer(h), new_plan(h, folder)
+    losses = []
+    for step in range(steps):
+        tokens = torch.from_numpy(plan.tokens(step, range(trainer.sequences)))
+        progress = train_gpt.progress_of(h, step, 0.0)
+        lr, momentum = train_gpt.lr_scale(h, progress), train_gpt.muon_momentum(h, progress)
+        losses.append(float(trainer.train_step(tokens, lr, momentum)))
+    return losses
+
+
+# Warm-up
+
+
+def state_of(trainer: Trainer) -> dict[str, Tensor]:
+    """Copies of all that training changes or depends on."""
+    optimizer = trainer.optimizer
+    state = {f"weight {n}": p for n, p in trainer.model.named_parameters()}
+    state |= {f"master {n}": t for n, t in optimizer.masters().items()}
+    state |= {f"mean {n}": t for n, t in trainer.average.mean.items()}
+    for bank in optimizer.banks:
+        state |= {f"padded {bank.name}": bank.padded, f"momentum {bank.name}": bank.momentum}
+    for number, moments in enumerate(optimizer.adamw.state.values()):
+        state |= {f"adamw {number} {k}": torch.as_tensor(v) for k, v in moments.items()}
+    state |= {
+        "torch rng": torch.get_rng_state(),
+        "numpy rng": torch.from_numpy(np.random.get_state()[1].astype(np.int64)),  # type: ignore
+        "average count": torch.tensor(trainer.average.count),
+    }
+    return {name: t.detach().clone() for name, t in state.items()}
+
+
+def test_warm_up_leaves_every_state_bit_equal() -> None:
+    h = tiny()
+    trainer = new_trainer(h)
+    before, steps = state_of(trainer), []
+    inner = trainer.train_step
+    trainer.train_step = lambda *a: steps.append(1) or inner(*a)  # type: ignore
+    trainer.warm_up(new_evaluator(h, cpu_runtime()))
+    assert steps, "warm-up ran no step"
+    after = state_of(trainer)
+    assert before.keys() == after.keys()
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
+    assert trainer.optimizer.qat_step is None
+    assert all(p.grad is None for p in trainer.model.parameters())
+
+
+def test_a_warmed_up_run_has_the_losses_of_a_cold_one(tmp_path: Path) -> None:
+    h = tiny()
+    warm, cold = new_trainer(h), new_trainer(h)
+    warm.warm_up(new_evaluator(h, cpu_runtime()))
+    plan = new_plan(h, tmp_path)
+    for step in range(4):
+        tokens = torch.from_numpy(plan.tokens(step, range(warm.sequences)))
+        losses = [float(trainer.train_step(tokens, 0.5, 0.9)) for trainer in (warm, cold)]
+        assert losses[0] == losses[1]
+
+
+# Graphs
+
+
+def compiled(backend: str = "eager") -> Runtime:
+    return cpu_runtime(compile_backend=backend)
+
+
+SMALL: dict[str, Any] = dict(num_layers=2, xsa_layers=1, ve_layers=1)
+SCHEDULED: dict[str, Any] = SMALL | dict(  # validation, averaging and late QAT in a few steps
+    iterations=8, warmdown_fraction=1.0, swa_threshold=0.6, qat_threshold=0.4, val_loss_every=3
+)
+
+
+def test_no_graph_is_compiled_on_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    warm_up, h = Trainer.warm_up, tiny(**SCHEDULED)
+    plain = Run(h, tmp_path / "plain")
+    with ExitStack() as stack:
+
+        def then_forbid(self: Trainer, evaluator: Evaluator) -> None:
+            warm_up(self, evaluator)
+            stack.enter_context(torch.compiler.set_stance("fail_on_recompile"))
+
+        monkeypatch.setattr(Trainer, "warm_up", then_forbid)
+        run = Run(h, tmp_path / "graphs", compiled())
+    assert train_gpt.graph_count() > 0, "nothing was compiled at all"
+    assert run.facts["graphs_compiled_on_clock"] == 0
+    assert run.facts["qat_steps"] >= 2 and run.facts["swa_steps"] >= 2
+    assert any("val_bpb" in line for line in run.lines)
+    losses = [r.facts["final_train_loss"] for r in (plain, run)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_graphs_compiled_on_the_clock_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Trainer, "warm_up", lambda self, evaluator: None)
+    run = Run(tiny(**SMALL, iterations=1, qat_threshold=0.0), tmp_path, compiled())
+    assert run.facts["graphs_compiled_on_clock"] > 0
+
+
+@pytest.mark.gpu
+def test_no_graph_is_compiled_on_the_clock_of_a_gpu(tmp_path: Path) -> None:
+    h = tiny(
+        **SCHEDULED,
+        device="cuda",
+        train_seq_len=128,
+        train_batch_tokens=1024,
+        micro_batch_tokens=1024,
+        model_dim=128,
+        mlp_hidden=256,
+    )
+    run = Run(h, tmp_path, Runtime.start(h, {}))
+    assert train_gpt.graph_count() > 0
+    assert run.facts["graphs_compiled_on_clock"] == 0
+    assert run.facts["qat_steps"] >= 2
+
+
+# Micro-batches and layout
+
+
+@pytest.mark.parametrize("micro_batch_tokens", [32, 64, 128])
+def test_micro_batches_change_no_loss(micro_batch_tokens: int, tmp_path: Path) -> None:
+    whole = losses_of(tiny(), tmp_path, 5)
+    parts = losses_of(tiny(micro_batch_tokens=micro_batch_tokens), tmp_path, 5)
+    assert new_trainer(tiny(micro_batch_tokens=micro_batch_tokens)).micro == 256 // (
+        micro_batch_tokens
+    )
+    assert parts == pytest.approx(whole, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("sequences", "most", "ranks", "expected"),
+    [
+        (8, 8, 1, (8, 8, 1)),
+        (8, 3, 1, (8, 8, 4)),  # 3 does not divide 8: 2 at once
+        (8, 1, 2, (8, 4, 4)),
+        (12, 5, 3, (12, 4, 1)),
+        (7, 6, 1, (7, 7, 7)),  # prime
+        (384, 48, 8, (384, 48, 1)),  # the submitted run
+        (384, 48, 1, (384, 384, 8)),
+    ],
+)
+def test_batch_layout_divides_the_batch_evenly(
+    sequences: int, most: int, ranks: int, expected: tuple[int, int, int]
+) -> None:
+    h = tiny(train_batch_tokens=32 * sequences, micro_batch_tokens=32 * most)
+    assert train_gpt.batch_layout(h, ranks) == expected
+
+
+@pytest.mark.parametrize(("sequences", "ranks"), [(8, 3), (1, 2), (12, 8)])
+def test_a_batch_that_ranks_cannot_share_is_refused_by_name(sequences: int, ranks: int) -> None:
+    h = tiny(train_batch_tokens=32 * sequences)
+    with pytest.raises(RunError, match=rf"TRAIN_BATCH_TOKENS={32 * sequences}\b.*{ranks} ranks"):
+        train_gpt.batch_layout(h, ranks)
+
+
+# The clock
+
+
+class FakeClock:
+    """Stands in for the module `time`: moves only when told."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(time, name)
+
+    def slow(self, function: Callable[..., Any], seconds: float) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            self.now += seconds
+            return function(*args, **kwargs)
+
+        return timed
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
+    """A step takes 0.1 s, a validation 5 s, the warm-up 60 s."""
+    fake = FakeClock()
+    monkeypatch.setattr(train_gpt, "time", fake)
+    monkeypatch.setattr(Trainer, "train_step", fake.slow(Trainer.train_step, 0.1))
+    monkeypatch.setattr(Trainer, "warm_up", fake.slow(lambda self, evaluator: None, 60.0))
+    monkeypatch.setattr(Evaluator, "score", fake.slow(Evaluator.score, 5.0))
+    return fake
+
+
+@pytest.mark.parametrize("cap", [1.05, 2.99])
+def test_training_ends_inside_the_cap_and_uses_it(
+    cap: float, tmp_path: Path, clock: FakeClock
+) -> None:
+    run = Run(tiny(iterations=10_000, max_wallclock_seconds=cap), tmp_path)
+    assert cap - 0.51 < run.facts["wallclock_seconds"] <= cap
+    assert run.facts["step_stop"] == round(run.facts["wallclock_seconds"] / 0.1)
+    assert run.facts["step_avg_ms"] == pytest.approx(100, abs=0.1)
+
+
+def test_a_capped_run_still_warms_down_averages_and_rounds(
+    tmp_path: Path, clock: FakeClock
+) -> None:
+    run = Run(tiny(iterations=10_000, max_wallclock_seconds=8.0), tmp_path)
+    assert run.facts["swa_steps"] >= 4 and run.facts["qat_steps"] >= 3
+    assert run.facts["swa_steps"] >= run.facts["qat_steps"]
+
+
+def test_the_clock_stops_for_validation_and_warm_up(tmp_path: Path, clock: FakeClock) -> None:
+    run = Run(tiny(iterations=6, max_wallclock_seconds=3.0, val_loss_every=2), tmp_path)
+    assert run.facts["step_stop"] == 6
+    assert run.facts["wallclock_seconds"] == pytest.approx(0.6)
+    assert sum("val_bpb" in line for line in run.lines) == 2
+    assert clock.now > 160
+
+
+def test_without_a_cap_only_the_steps_count(tmp_path: Path, clock: FakeClock) -> None:
+    run = Run(tiny(iterations=7), tmp_path)
+    assert run.facts["step_stop"] == 7
+
+
+def test_a_cap_shorter_than_a_step_still_ends_cleanly(tmp_path: Path, clock: FakeClock) -> None:
+    run = Run(tiny(iterations=7, max_wallclock_seconds=1e-9), tmp_path)
+    assert run.facts["step_stop"] <= 2
+
+
+# The loop
+
+
+def test_the_log_names_every_step_and_the_averages_are_its_mean(tmp_path: Path) -> None:
+    h = tiny(iterations=8, warmdown_fraction=1.0, swa_threshold=0.6, qat_threshold=0.0)
+    masters: list[dict[str, Tensor]] = []
+    step = Trainer.train_step
+
+    def recording(self: Trainer, tokens: Tensor, lr: float, momentum: float) -> Tensor:
+        loss = step(self, tokens, lr, momentum)
+        whole = {n: t.detach().clone() for n, t in self.optimizer.masters().items()}
+        masters.append(whole if lr < 0.6 else {})
+        return loss
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "train_step", recording)
+        patch.setattr(Trainer, "warm_up", lambda self, evaluator: None)
+        run = Run(h, tmp_path)
+    states = [state for state in masters if state]
+    assert len(masters) == 8 and run.facts["swa_steps"] == len(states) == 4
+    for name, mean in run.stages["averaged"].items():
+        expected = torch.stack([s[name].double() for s in states]).mean(0)
+        torch.testing.assert_close(mean.double(), expected, rtol=1e-5, atol=1e-6, msg=name)
+        assert torch.equal(run.stages["trained"][name], states[-1][name]), name
+    steps = [line.split()[0] for line in run.lines if line.startswith("step:")]
+    assert steps == [f"step:{i}/8" for i in range(1, 9)]
+
+
+def test_without_averaging_the_averaged_weights_are_the_trained_ones(tmp_path: Path) -> None:
+    run = Run(tiny(iterations=3, swa_threshold=0.0, qat_threshold=0.0), tmp_path)
+    assert run.facts["swa_steps"] == run.facts["qat_steps"] == 0
+    for name, weight in run.stages["trained"].items():
+        assert torch.equal(run.stages["averaged"][name], weight)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_ends_the_run_naming_the_step(
+    bad: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, count = Trainer.train_step, iter(range(1, 100))
+    monkeypatch.setattr(Trainer, "warm_up", lambda self, evaluator: None)
+    monkeypatch.setattr(
+        Trainer, "train_step", lambda *a: step(*a) + (bad if next(count) == 4 else 0.0)
+    )
+    with pytest.raises(RunError, match=r"step 4\b.*(nan|inf).*MATRIX_LR"):
+        Run(tiny(iterations=12), tmp_path)
+
+
+def test_a_diverging_run_is_reported_and_not_packed(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"step \d+: the loss is (nan|inf)"):
+        Run(tiny(iterations=50, embed_lr=1e30, scalar_lr=1e30), tmp_path)
+
+
+# Golden losses
+
+
+def golden_losses(folder: Path) -> list[float]:
+    h = tiny(num_layers=3, iterations=20)
+    return losses_of(h, folder, 20)
+
+
+def test_twenty_steps_repeat_the_golden_losses(tmp_path: Path) -> None:
+    expected = json.loads(GOLDEN.read_text())["losses"]
+    losses = golden_losses(tmp_path)
+    assert len(expected) == 20
+    assert losses == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_golden_losses_fall() -> None:
+    losses = json.loads(GOLDEN.read_text())["losses"]
+    assert np.mean(losses[-3:]) < 0.95 * losses[0]
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] != ["--regenerate"]:
+        sys.exit(__doc__)
+    with tempfile.TemporaryDirectory() as folder:
+        content = {"torch": torch.__version__, "losses": golden_losses(Path(folder))}
+    GOLDEN.write_text(json.dumps(content, indent=1) + "\n")
