@@ -39,11 +39,11 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import sentencepiece
@@ -112,9 +112,9 @@ class Hyperparameters:
     # Optimizer
     matrix_lr: float = 0.025  # Muon, spectral norm per update
     embed_lr: float = 0.035  # AdamW, tables
-    scalar_lr: float = 0.025  # AdamW, gains and gates
-    weight_decay: float = 0.04  # Muon and AdamW, decoupled, times lr
-    muon_momentum: float = 0.99
+    scalar_lr: float = 0.01  # AdamW, gains and gates
+    weight_decay: float = 0.1  # Muon and AdamW, decoupled, times lr
+    muon_momentum: float = 0.95
     muon_momentum_start: float = 0.92
     momentum_warmup_fraction: float = 0.2  # of the run
     muon_steps: int = 5  # Newton-Schulz iterations
@@ -129,7 +129,7 @@ class Hyperparameters:
     train_batch_tokens: int = 786_432  # per step, over all ranks
     train_seq_len: int = 2048
     micro_batch_tokens: int = 98_304  # most tokens one rank runs at once
-    warmdown_fraction: float = 0.6  # of the run, in which lr falls linearly to 0
+    warmdown_fraction: float = 0.85  # of the run, in which lr falls linearly to 0
     warmdown_iters: int = 0  # the same in steps; 0: use the fraction
     swa_threshold: float = 0.2  # average the masters while the lr scale is below
     qat_threshold: float = 0.15  # round the working weights while the lr scale is below
@@ -162,11 +162,9 @@ class Hyperparameters:
             raise RunError(f"PRESET={preset!r}: unknown; set one of {', '.join(PRESETS)}")
         fields = {f.name.upper(): f for f in dataclasses.fields(cls)}
         refuse_unknown(env, list(fields))
-        values: dict[str, Any] = {**PRESETS[preset], "preset": preset}
-        for name in fields.keys() & env.keys():
-            field = fields[name]
-            values[field.name] = parse_override(name, env[name], str(field.type))
-        h = cls(**values)
+        overrides = {name.lower(): parse_override(name, env[name], str(fields[name].type))
+                     for name in fields.keys() & env.keys()}
+        h = cls(**{**PRESETS[preset], **overrides})
         h.validate()
         return h
 
@@ -228,9 +226,9 @@ def parse_override(name: str, text: str, kind: str) -> int | float | str:
         value = int(text) if kind == "int" else float(text)
     except ValueError:
         raise RunError(f"{name}={text!r}: expected {kind}; unset it or set a number") from None
-    if not 0 <= value < math.inf:
-        raise RunError(f"{name}={text!r}: expected a finite number of at least 0")
-    return value
+    if 0 <= value < math.inf:
+        return value
+    raise RunError(f"{name}={text!r}: expected a finite number of at least 0")
 
 # ---- 3. Runtime: ranks and devices, log, clock --------------------------------------------------
 
@@ -299,12 +297,11 @@ class RunLog:
             path.write_text("")
 
     def __call__(self, line: str, *, quiet: bool = False) -> None:
-        if self.path is None:
-            return
-        if not quiet:
-            print(line, flush=True)
-        with self.path.open("a") as file:
-            file.write(line + "\n")
+        if self.path:
+            with self.path.open("a") as file:
+                file.write(line + "\n")
+            if not quiet:
+                print(line, flush=True)
 
 class Stopwatch:
     """Seconds of training: runs between `start` and `stop`, which wait for the device."""
@@ -407,7 +404,7 @@ class BatchPlan:
         return out
 
 def prefetch(plan: BatchPlan, rows: range, vocab_size: int, device: torch.device,
-             depth: int = 4) -> Iterator[Tensor]:
+             depth: int = 4) -> Generator[Tensor]:
     """This rank's rows of batches 0, 1, 2 ... on `device`, read ahead by one thread."""
     def read(step: int) -> Tensor:
         batch = plan.tokens(step, rows)
@@ -544,12 +541,11 @@ def fit_step(size_of: Callable[[float], float], target: float) -> float:
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q (B,T,H,E), k and v (B,T,K,E) -> (B,T,H,E)
 
 def sdpa(*backends: SDPBackend) -> Attend:
-    """PyTorch's attention through the first of `backends` that can run."""
-
+    """PyTorch's attention through one of `backends`; none named leaves the choice to PyTorch."""
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         gqa = q.shape[1] != k.shape[1]
-        with sdpa_kernel(list(backends)):
+        with sdpa_kernel(list(backends)) if backends else contextlib.nullcontext():
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
         return y.transpose(1, 2)
     return attend
@@ -569,8 +565,8 @@ def attention_candidates() -> dict[str, Attend]:
 def choose_attention(h: Hyperparameters, runtime: Runtime, log: RunLog) -> Attend:
     """The fastest kernel whose output and gradients agree with float32 math on this device."""
     if runtime.device.type != "cuda":
-        log("attention:sdpa (the only one on a CPU)")
-        return sdpa(SDPBackend.FLASH_ATTENTION, SDPBackend.MATH)
+        log("attention:sdpa chosen (the only one on a CPU)")
+        return sdpa()
     timings: dict[str, float] = {}
     candidates = attention_candidates()
     for name, attend in candidates.items():
@@ -684,6 +680,9 @@ class GPT(nn.Module):
         for name in parameter_shapes(h):
             self.register_parameter(name, nn.Parameter(weights[name].clone()))
 
+    if TYPE_CHECKING:  # nn.Module declares attributes as Tensor or Module; ours are parameters
+        def __getattr__(self, name: str) -> Any: ...
+
     def forward(self, inputs_BT: Tensor, targets_BT: Tensor, scored: int = 0) -> Tensor:
         """float32 loss of each target in nats, (B, T); with `scored`, of the last ones only."""
         x = self.final_hidden(inputs_BT)
@@ -703,7 +702,7 @@ class GPT(nn.Module):
         rotary = rotary_table(x.shape[1], h.rope_dims, h.rope_base, x.device)
         # unbind, unlike indexing, gives one backward kernel a bank
         qo, kv, mlp = self.qo_bank.unbind(0), self.kv_bank.unbind(0), self.mlp_bank.unbind(0)
-        x0, skips = x, []
+        x0, skips = x, list[Tensor]()
         for i in range(layers):
             if i >= layers - layers // 2:  # decoder half, mirrors the encoder half
                 x = x + self.skip_weight[i - (layers - layers // 2)] * skips.pop()
@@ -814,11 +813,11 @@ class Optimizer:
         total = sum(p.numel() for p in self.small.values())
         self.flat = torch.zeros(total + 1, device=runtime.device)
         pieces = self.flat[:-1].split([p.numel() for p in self.small.values()])
-        self.small_masters = {}
-        for (name, p), piece in zip(self.small.items(), pieces, strict=True):
-            master = p.detach().float().clone()
-            master.grad = piece.view(p.shape)
-            self.small_masters[name] = master
+        self.small_gradients = [piece.view(p.shape) for piece, p
+                                in zip(pieces, self.small.values(), strict=True)]
+        self.small_masters = {name: p.detach().float().clone() for name, p in self.small.items()}
+        for master, gradient in zip(self.small_masters.values(), self.small_gradients, strict=True):
+            master.grad = gradient
         self.adamw = torch.optim.AdamW(
             [{"params": [self.small_masters[n] for n in names], "base_lr": lr}
              for names, lr in ((TABLES, h.embed_lr), (VECTORS, h.scalar_lr))],
@@ -853,8 +852,7 @@ class Optimizer:
         Gradients come in the order of `model.parameters()`, summed over this rank's tokens."""
         by_name = dict(zip(self.names, gradients, strict=True))
         shards, pending = self._reduce_scatter(by_name)
-        torch._foreach_copy_([m.grad for m in self.small_masters.values()],
-                             [by_name[name] for name in self.small_masters])
+        torch._foreach_copy_(self.small_gradients, [by_name[name] for name in self.small])
         self.flat[-1] = loss
         self.runtime.sum(self.flat)
         for work in pending:
@@ -1040,11 +1038,10 @@ def unpack(artifact: bytes, where: str = "artifact") -> tuple[dict[str, Any], di
     header = json.loads(decompressor.decompress(artifact[48:position]))
     state = {}
     for entry in header["tensors"]:
-        streams = []
-        for size in entry["frames"]:
-            streams.append(decompressor.decompress(artifact[position : position + size]))
-            position += size
+        ends = list(itertools.accumulate(entry["frames"], initial=position))
+        streams = [decompressor.decompress(artifact[a:b]) for a, b in itertools.pairwise(ends)]
         state[entry["name"]] = read_tensor(entry["shape"], entry["kind"], streams)
+        position = ends[-1]
     return header["architecture"], state
 
 def read_tensor(shape: list[int], kind: str, streams: list[bytes]) -> Tensor:

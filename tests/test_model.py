@@ -331,7 +331,7 @@ def test_every_parameter_has_a_gradient_after_one_backward() -> None:
     h = tiny()
     for name, grad in gradients(tiny_model(h), h).items():
         assert grad is not None and grad.abs().max() > 0, name
-    fresh = train_gpt.GPT(h, train_gpt.initial_weights(h), train_gpt.sdpa(None))
+    fresh = train_gpt.GPT(h, train_gpt.initial_weights(h), train_gpt.sdpa())
     assert all(grad is not None for grad in gradients(fresh, h).values())
 
 
@@ -365,7 +365,7 @@ def test_gradients_equal_finite_differences_of_the_reference() -> None:
 
 def test_the_value_embedding_is_trained() -> None:
     h = tiny(weight_decay=0.0)  # which alone would move it
-    trainer = train_gpt.Trainer(h, cpu_runtime(), train_gpt.sdpa(None))
+    trainer = train_gpt.Trainer(h, cpu_runtime(), train_gpt.sdpa())
     names = ("ve_emb", "ve_proj", "ve_scale")
     before = {name: getattr(trainer.model, name).detach().clone() for name in names}
     inputs, targets = batch(h, rows=h.train_batch_tokens // h.train_seq_len)
@@ -402,7 +402,7 @@ def test_initial_readers_are_orthogonal() -> None:
 
 def test_an_untrained_model_scores_near_the_uniform_loss() -> None:
     h = tiny()
-    model = train_gpt.GPT(h, train_gpt.initial_weights(h), train_gpt.sdpa(None))
+    model = train_gpt.GPT(h, train_gpt.initial_weights(h), train_gpt.sdpa())
     assert float(model(*batch(h)).detach().mean()) == pytest.approx(
         math.log(h.vocab_size), rel=0.02
     )

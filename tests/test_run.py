@@ -185,7 +185,7 @@ def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
     torch.save({"weights": torch.zeros(3)}, made["FOREIGN"])
     late = folder / "late/sitecustomize.py"  # rank 0 starts after the others
     late.parent.mkdir()
-    late.write_text("import os, time\nif os.environ.get('RANK') == '0': time.sleep(2)\n")
+    late.write_text("import os, time\nif os.environ.get('RANK') == '0': time.sleep(1)\n")
     launcher.start(
         "foreign train token 2", ranks=2, DATA_PATH=made["TRAIN_TOKEN"], VAL_LOSS_EVERY=0
     )

@@ -1,0 +1,48 @@
+"""What only a CUDA device can show; run with `python -m pytest -m gpu` on one."""
+from __future__ import annotations
+
+import pytest
+import torch
+from support import tiny
+
+import train_gpt as tg
+
+pytestmark = pytest.mark.gpu
+
+
+def cuda_runtime(backend: str = "none") -> tg.Runtime:
+    return tg.Runtime(torch.device("cuda"), compile_backend=backend)
+
+
+def test_the_chosen_attention_agrees_with_float32_math_in_output_and_gradients():
+    h = tg.Hyperparameters(micro_batch_tokens=8192)
+    for name, attend in tg.attention_candidates().items():
+        error, milliseconds = tg.attention_trial(h, attend, torch.device("cuda"))
+        assert error < 2e-2, name
+        assert milliseconds > 0
+
+
+def test_late_qat_on_cuda_writes_the_bits_that_packing_gives_back():
+    h, runtime = tiny(artifact_bytes=100_000), cuda_runtime()
+    trainer = tg.Trainer(h, runtime, tg.sdpa())
+    generator = torch.Generator("cuda").manual_seed(1)
+    for master in trainer.optimizer.masters().values():
+        master.add_(torch.randn(master.shape, generator=generator, device="cuda"), alpha=0.05)
+    step = trainer.optimizer.start_qat(10_000)
+    trainer.optimizer.write_back()
+    _, state = tg.unpack(tg.pack(trainer.optimizer.gather(trainer.optimizer.masters()), h, step))
+    for name, parameter in trainer.model.named_parameters():
+        if name in trainer.optimizer.grids:
+            assert torch.equal(parameter.cpu(), state[name].bfloat16()), name
+
+
+def test_a_compiled_training_step_follows_the_eager_one_within_bfloat16():
+    h = tiny(train_seq_len=128, train_batch_tokens=1024, micro_batch_tokens=1024)
+    losses = []
+    for backend in ("none", "inductor"):
+        trainer = tg.Trainer(h, cuda_runtime(backend), tg.sdpa())
+        tokens = torch.randint(h.vocab_size, (8, 129), device="cuda",
+                               generator=torch.Generator("cuda").manual_seed(2))
+        losses.append([float(trainer.train_step(tokens, 1.0, 0.9)) for _ in range(5)])
+    assert losses[1] == pytest.approx(losses[0], rel=2e-2)
+    assert losses[1][-1] < losses[1][0]
