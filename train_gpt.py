@@ -443,8 +443,7 @@ def load_byte_table(tokenizer_path: str, vocab_size: int) -> ByteTable:
     try:
         sp = sentencepiece.SentencePieceProcessor(model_file=tokenizer_path)
     except (RuntimeError, OSError):
-        raise RunError(f"TOKENIZER_PATH={tokenizer_path}: not a SentencePiece model; fetch it "
-                       "again with prepare_data.py") from None
+        raise RunError(f"TOKENIZER_PATH={tokenizer_path}: not a SentencePiece model") from None
     if sp.vocab_size() != vocab_size:
         raise RunError(f"TOKENIZER_PATH={tokenizer_path}: expected VOCAB_SIZE={vocab_size} pieces, "
                        f"found {sp.vocab_size()}; set both to the same vocabulary")
@@ -578,8 +577,7 @@ def choose_attention(h: Hyperparameters, runtime: Runtime, log: RunLog) -> Atten
         except Exception as problem:  # a kernel that this driver, GPU or version does not run
             log(f"attention:{name} refused ({type(problem).__name__}: {str(problem)[:120]})")
     if not timings:
-        raise RunError("attention: no kernel is correct here; expected cuDNN or flash attention "
-                       "on compute capability 8.0 or newer; set DEVICE=cpu")
+        raise RunError("attention: no kernel is correct on this GPU; set DEVICE=cpu")
     best = runtime.agree_on(min(timings, key=lambda name: timings[name]))
     log(f"attention:{best} chosen (fastest correct)")
     return candidates[best]
@@ -1065,8 +1063,7 @@ def pack_to_budget(state: Mapping[str, Tensor], h: Hyperparameters, budget: int,
 
     for name, w in state.items():
         if not torch.isfinite(w).all() or (name not in export_grids(h) and w.abs().max() > 65504):
-            raise RunError(f"export: {name} holds NaN, infinity or values past float16; "
-                           "train with a lower learning rate")
+            raise RunError(f"export: {name} is not finite in its format; lower the learning rates")
     best, overhead = b"", 0.0
     for _ in range(6):
         target = budget * 0.9995 - overhead
@@ -1081,8 +1078,7 @@ def pack_to_budget(state: Mapping[str, Tensor], h: Hyperparameters, budget: int,
             return best  # full, or as fine as the code range allows
         overhead = len(blob) - entropy
     if not best:
-        raise RunError(f"export: no step fits {budget} bytes; raise ARTIFACT_BYTES or lower "
-                       "MLP_HIDDEN")
+        raise RunError(f"export: nothing fits {budget} bytes; raise ARTIFACT_BYTES")
     return best
 
 # ---- 11. Evaluation -----------------------------------------------------------------------------
@@ -1434,12 +1430,16 @@ def obtain_weights(h: Hyperparameters, runtime: Runtime, log: RunLog, evaluator:
         write_atomic(Path(h.output_dir) / "final_model.pt", content.getvalue())
     return stages, facts
 
+def with_sample(h: Hyperparameters) -> Hyperparameters:
+    """DATA_PATH=sample becomes the paths of the built-in corpus, which is built if missing."""
+    if h.data_path != "sample":
+        return h
+    from prepare_data import build_sample
+    data, tokenizer = build_sample(SOURCE.parent / "data", h.vocab_size)
+    return dataclasses.replace(h, data_path=str(data), tokenizer_path=str(tokenizer))
+
 def run(h: Hyperparameters, runtime: Runtime) -> None:
     """The stages: data -> train -> save -> pack -> score what is on disk -> report."""
-    if h.data_path == "sample":
-        from prepare_data import build_sample
-        data, tokenizer = build_sample(SOURCE.parent / "data", h.vocab_size)
-        h = dataclasses.replace(h, data_path=str(data), tokenizer_path=str(tokenizer))
     out = Path(h.output_dir)
     log = RunLog(out / ("eval.log" if h.eval_only else "train.log") if runtime.rank == 0 else None)
     environment = environment_facts(runtime)
@@ -1485,7 +1485,7 @@ def main() -> int:
     rank = os.environ.get("RANK", "0")
     try:
         h = Hyperparameters.from_env(os.environ)
-        run(h, Runtime.start(h, os.environ))
+        run(with_sample(h), Runtime.start(h, os.environ))
         if dist.is_initialized():
             dist.destroy_process_group()
         return 0

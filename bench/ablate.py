@@ -28,7 +28,7 @@ def run_variant(argument: str) -> str:
     """Trains, packs and scores one variant; its table row."""
     name, _, overrides = argument.partition(":")
     pairs = dict(item.split("=", 1) for item in overrides.split())
-    h = tg.Hyperparameters.from_env({**os.environ, **pairs})
+    h = tg.with_sample(tg.Hyperparameters.from_env({**os.environ, **pairs}))
 
     runtime = tg.Runtime.start(h, {})
     log = tg.RunLog(Path(h.output_dir) / f"ablate_{name.strip().replace(' ', '_')}.log")

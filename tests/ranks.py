@@ -65,10 +65,10 @@ def main() -> None:
     h = tiny(**LAYOUT)
     runtime = train_gpt.Runtime.start(h, os.environ)
     result = record(runtime)
-    if runtime.is_main:
+    if runtime.rank == 0:
         torch.save(result, sys.argv[1])
-    runtime.barrier()
-    runtime.close()
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -273,7 +273,16 @@ def test_training_ends_inside_the_cap_and_uses_it(
 def test_a_capped_run_still_warms_down_averages_and_rounds(
     tmp_path: Path, clock: FakeClock
 ) -> None:
-    run = Run(tiny(iterations=10_000, max_wallclock_seconds=8.0), tmp_path)
+    run = Run(
+        tiny(
+            iterations=10_000,
+            max_wallclock_seconds=8.0,
+            warmdown_fraction=0.6,
+            swa_threshold=0.2,
+            qat_threshold=0.15,
+        ),
+        tmp_path,
+    )
     assert run.facts["swa_steps"] >= 4 and run.facts["qat_steps"] >= 3
     assert run.facts["swa_steps"] >= run.facts["qat_steps"]
 
@@ -353,7 +362,14 @@ def test_a_diverging_run_is_reported_and_not_packed(tmp_path: Path) -> None:
 
 
 def golden_losses(folder: Path) -> list[float]:
-    h = tiny(num_layers=3, iterations=20)
+    """With every tuned number spelled out: a new default is no reason for a new file."""
+    h = tiny(
+        num_layers=3, iterations=20, matrix_lr=0.025, embed_lr=0.035, scalar_lr=0.025,
+        weight_decay=0.04, muon_momentum=0.99, muon_momentum_start=0.92, muon_steps=5,
+        momentum_warmup_fraction=0.2, beta1=0.9, beta2=0.95, adam_eps=1e-8, grad_clip_norm=0.3,
+        warmdown_fraction=0.6, warmdown_iters=0, embed_init_std=0.005, qk_gain_init=1.5,
+        rope_base=10_000.0, logit_softcap=30.0, seed=1337,
+    )  # fmt: skip
     return losses_of(h, folder, 20)
 
 
