@@ -36,7 +36,6 @@ import math
 import os
 import platform
 import struct
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -70,10 +69,9 @@ class RunError(Exception):
 
 RETIRED = {  # names of the challenge's baseline that mean nothing here -> what to set instead
     "MLP_MULT": "MLP_HIDDEN", "TIED_EMBED_LR": "EMBED_LR", "HEAD_LR": "EMBED_LR",
-    "TIE_EMBEDDINGS": "nothing (embeddings are always tied)", "MUON_BACKEND_STEPS": "MUON_STEPS",
+    "TIE_EMBEDDINGS": "nothing: they are always tied", "MUON_BACKEND_STEPS": "MUON_STEPS",
     "MUON_MOMENTUM_WARMUP_START": "MUON_MOMENTUM_START",
-    "MUON_MOMENTUM_WARMUP_STEPS": "MOMENTUM_WARMUP_FRACTION",
-}
+    "MUON_MOMENTUM_WARMUP_STEPS": "MOMENTUM_WARMUP_FRACTION"}
 
 @dataclass(frozen=True)
 class Hyperparameters:
@@ -170,31 +168,36 @@ class Hyperparameters:
 
     def validate(self) -> None:
         """Raises RunError for the first combination that cannot run."""
-        seq_len, bits = self.train_seq_len, 2 * self.parameters()
+        seq_len, inf = self.train_seq_len, math.inf
+        for names, low, high in (
+            ("vocab_size num_layers", 2, inf),
+            ("model_dim num_heads num_kv_heads mlp_hidden ve_layers ve_dim train_seq_len "
+             "train_batch_tokens train_log_every warmup_steps val_batch_size iterations", 1, inf),
+            ("rope_base logit_softcap grad_clip_norm adam_eps warmdown_fraction", 1e-12, inf),
+            ("beta1 beta2 muon_momentum muon_momentum_start", 0, 1 - 1e-9),
+            ("warmdown_fraction momentum_warmup_fraction", 0, 1), ("zstd_level", 1, 22)):
+            for name in names.split():
+                if not low <= getattr(self, name) <= high:
+                    raise RunError(f"{name.upper()}={getattr(self, name)!r}: set {low} to {high}")
         for ok, name, fix in (
-            (self.num_layers >= 2, "num_layers", "set at least 2"),
-            (self.vocab_size > BOS_ID, "vocab_size", "set the size of the tokenizer"),
             (self.model_dim % self.num_heads == 0, "num_heads", f"must divide {self.model_dim=}"),
             (self.num_heads % self.num_kv_heads == 0, "num_kv_heads",
              f"must divide {self.num_heads=}"),
             (self.rope_dims % 2 == 0 and self.rope_dims <= self.head_dim, "rope_dims",
              f"must be even and at most {self.head_dim=}"),
             (self.xsa_layers <= self.num_layers, "xsa_layers", f"set at most {self.num_layers=}"),
-            (1 <= self.ve_layers <= self.num_layers, "ve_layers", f"set 1 to {self.num_layers=}"),
-            (self.train_batch_tokens % seq_len == 0 < self.train_batch_tokens,
-             "train_batch_tokens", f"set a multiple of {self.train_seq_len=}"),
+            (self.ve_layers <= self.num_layers, "ve_layers", f"set 1 to {self.num_layers=}"),
+            (self.train_batch_tokens % seq_len == 0, "train_batch_tokens",
+             f"set a multiple of {self.train_seq_len=}"),
             (self.micro_batch_tokens >= seq_len, "micro_batch_tokens", f"set {seq_len=} or more"),
             (self.eval_stride <= seq_len, "eval_stride", f"set 0 (plain only) to {seq_len=}"),
-            (0 < self.warmdown_fraction <= 1, "warmdown_fraction", "set a share above 0, up to 1"),
-            *((getattr(self, name) >= 1, name, "set at least 1")
-              for name in ("iterations", "train_log_every", "warmup_steps", "num_kv_heads")),
             (not (self.eval_only and self.resume_from), "eval_only", "unset RESUME_FROM"),
-            (bits // 8 < self.artifact_bytes, "artifact_bytes",
+            (self.parameters() // 4 < self.artifact_bytes, "artifact_bytes",
              f"{self.parameters():,} parameters need 2 bits each; raise it or lower MLP_HIDDEN"),
         ):
             if not ok:
-                value = f"{name.upper()}={getattr(self, name)!r}"
-                raise RunError(f"{value}: {fix}".replace("self.", ""))
+                fix = fix.replace("self.", "")  # left by the f-strings' {name=}
+                raise RunError(f"{name.upper()}={getattr(self, name)!r}: {fix}")
 
     def parameters(self) -> int:
         """Number of trained parameters, from the shapes alone."""
@@ -262,8 +265,7 @@ class Runtime:
         return cls(torch.device(f"cuda:{local}" if cuda else "cpu"), rank, world, backend)
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Of the working weights and activations."""
+    def dtype(self) -> torch.dtype:  # of working weights and activations
         return torch.bfloat16 if self.device.type == "cuda" else torch.float32
 
     def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -282,8 +284,7 @@ class Runtime:
             dist.broadcast_object_list(box, src=0)
         return box[0]
 
-    def sum(self, tensor: Tensor) -> Tensor:
-        """In-place sum over ranks."""
+    def sum(self, tensor: Tensor) -> Tensor:  # in place, over ranks
         if self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor
@@ -292,9 +293,12 @@ class RunLog:
     """Lines to the terminal and to a file, by rank 0 alone; the file alone reproduces the run."""
     def __init__(self, path: Path | None):
         self.path = path
-        if path:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("")
+        try:
+            if path:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text("")
+        except OSError as error:
+            raise RunError(f"{path}: unwritable ({error.strerror}); set OUTPUT_DIR") from None
 
     def __call__(self, line: str, *, quiet: bool = False) -> None:
         if self.path:
@@ -485,15 +489,19 @@ def export_grids(h: Hyperparameters) -> dict[str, Grid]:
     tables = {name: Grid((127,), (0.0,)) for name in ("tok_emb", "ve_emb", "ve_proj")}
     return banks | tables
 
+def short_scale(x: Tensor) -> Tensor:
+    """`x` to 16 significant bits: code times scale is exact, so rounding again changes nothing."""
+    return ((x.view(torch.int32) + 128) & -256).view(torch.float32)
+
 def row_scales(w_NRC: Tensor, floor: Tensor, qmax: Tensor) -> Tensor:
     """(N, R, 1) float32 scales: the clip of least rate-distortion cost, never below `floor`.
 
     The cost is squared error minus lambda * log2(scale) per weight, with the lambda at which
     `floor` itself is optimal: d(s^2/12)/ds = lambda * d(log2 s)/ds gives floor^2 * ln2 / 6."""
     widest = w_NRC.abs().amax(-1, keepdim=True) / qmax
-    floor = floor.clamp_min(1e-30)  # rows of zeros
+    floor = short_scale(floor.clamp_min(1e-30))  # never 0, for rows of zeros
     price = floor.square() * (math.log(2) / 6 * w_NRC.shape[-1])
-    candidates = [torch.maximum(widest * ratio, floor) for ratio in CLIP_RATIOS]
+    candidates = [torch.maximum(short_scale(widest * ratio), floor) for ratio in CLIP_RATIOS]
     costs = []
     for scale in candidates:
         error = (w_NRC - dequantize(encode(w_NRC, scale, qmax), scale)).square()
@@ -529,8 +537,8 @@ def entropy_bits(codes_NRC: Tensor) -> float:
 
 def fit_step(size_of: Callable[[float], float], target: float) -> float:
     """Smallest step whose size, falling in the step, is at most `target`; by bisection."""
-    low, high = -24.0, 8.0  # log2: from where int6 range decides everything, to all codes zero
-    for _ in range(20):
+    low, high = -24.0, 24.0  # log2: from where the code range decides, to all codes zero
+    for _ in range(26):
         middle = (low + high) / 2
         low, high = (low, middle) if size_of(2.0**middle) <= target else (middle, high)
     return 2.0**high
@@ -700,7 +708,7 @@ class GPT(nn.Module):
         rotary = rotary_table(x.shape[1], h.rope_dims, h.rope_base, x.device)
         # unbind, unlike indexing, gives one backward kernel a bank
         qo, kv, mlp = self.qo_bank.unbind(0), self.kv_bank.unbind(0), self.mlp_bank.unbind(0)
-        x0, skips = x, list[Tensor]()
+        x0, skips = x, [x][:0]  # no skips yet
         for i in range(layers):
             if i >= layers - layers // 2:  # decoder half, mirrors the encoder half
                 x = x + self.skip_weight[i - (layers - layers // 2)] * skips.pop()
@@ -740,6 +748,9 @@ MATRICES = ("qo_bank", "kv_bank", "mlp_bank", "ve_proj")  # Muon
 TABLES = ("tok_emb", "ve_emb")  # AdamW at embed_lr
 VECTORS = ("smear_gate", "resid_mix", "attn_scale", "mlp_scale", "q_gain", "skip_weight",
            "ve_scale")  # AdamW at scalar_lr
+# torch 2.13 renames both and warns of the old names
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 def progress_of(h: Hyperparameters, step: int, elapsed: float) -> float:
     """Share of the run that is over, in [0, 1]: of the steps or of the clock, the larger."""
@@ -840,7 +851,7 @@ class Optimizer:
         padding = share * world - count
         scale, qmax, ratio = (F.pad(t, (0, 0, 0, 0, 0, padding), value=1.0)[mine].clone()
                               for t in (scale, qmax, ratio))
-        master = padded[mine].float()
+        master = padded[mine].float().clone()  # float() alone would alias float32 weights
         return Bank(name, parameter, padded, master, torch.zeros_like(master), scale, qmax, ratio)
 
     @torch.no_grad()
@@ -879,7 +890,7 @@ class Optimizer:
             whole = torch.zeros_like(bank.padded)
             whole[: len(gradients[bank.name])] = gradients[bank.name]
             shards.append(torch.empty_like(bank.master, dtype=whole.dtype))
-            pending.append(dist.reduce_scatter_tensor(shards[-1], whole, async_op=True))
+            pending.append(reduce_scatter(shards[-1], whole, async_op=True))
         return shards, pending
 
     @torch.no_grad()
@@ -894,7 +905,7 @@ class Optimizer:
                 bank.padded.copy_(new)
             else:
                 new = new.to(bank.padded.dtype)
-                pending.append(dist.all_gather_into_tensor(bank.padded, new, async_op=True))
+                pending.append(all_gather(bank.padded, new, async_op=True))
         torch._foreach_copy_(list(self.small.values()), [self._rounded(n) for n in self.small])
         for work in pending:
             work.wait()
@@ -931,7 +942,7 @@ class Optimizer:
             parts = tensors[bank.name].clone()
             if self.runtime.world_size > 1:
                 parts = parts.new_empty(bank.padded.shape)
-                dist.all_gather_into_tensor(parts, tensors[bank.name])
+                all_gather(parts, tensors[bank.name])
             whole[bank.name] = parts[: bank.parameter.shape[0]]
         return {name: whole[name] for name in self.names}
 
@@ -945,7 +956,7 @@ class Optimizer:
         @torch.no_grad()
         def restore() -> None:
             torch._foreach_copy_(tensors, saved)
-            self.adamw.load_state_dict(adamw)
+            self.adamw.load_state_dict(copy.deepcopy(adamw))  # which keeps what it is given
             self.qat_step = qat_step
         return restore
 
@@ -1011,8 +1022,7 @@ def pack(state: Mapping[str, Tensor], h: Hyperparameters, step: float) -> bytes:
         "architecture": {name: getattr(h, name) for name in ARCHITECTURE},
         "tensors": [{"name": name, "shape": list(w.shape), "frames": [len(f) for f in frames[name]],
                      "kind": "codes" if len(frames[name]) > 1 else "float16"}
-                    for name, w in state.items()],
-    }
+                    for name, w in state.items()]}
     packed_header = compress(json.dumps(header, separators=(",", ":")).encode())
     body = struct.pack("<I", len(packed_header)) + packed_header
     body += b"".join(itertools.chain.from_iterable(frames.values()))
@@ -1053,20 +1063,20 @@ def read_tensor(shape: list[int], kind: str, streams: list[bytes]) -> Tensor:
 
 def pack_to_budget(state: Mapping[str, Tensor], h: Hyperparameters, budget: int,
                    log: Callable[[str], None]) -> bytes:
-    """The finest artifact of fewer than `budget` bytes, by at most six packings.
+    """The finest artifact of fewer than `budget` bytes, by at most twelve packings.
 
-    Entropy predicts the size; the first real packing calibrates the prediction, the next ones
-    close the gap.  Raises RunError if the weights are not finite or nothing fits."""
+    Entropy predicts the size, each packing calibrates the prediction, and each that is too large
+    doubles the margin.  Raises RunError if the weights are not finite or nothing fits."""
 
     def coded_bytes(step: float) -> float:
         return sum(entropy_bits(codes) for _, codes, _ in rounded(state, h, step)) / 8
 
     for name, w in state.items():
         if not torch.isfinite(w).all() or (name not in export_grids(h) and w.abs().max() > 65504):
-            raise RunError(f"export: {name} is not finite in its format; lower the learning rates")
-    best, overhead = b"", 0.0
-    for _ in range(6):
-        target = budget * 0.9995 - overhead
+            raise RunError(f"export: {name} is not finite in its format; set lower learning rates")
+    best, overhead, margin = b"", 0.015 * budget, 0.0005
+    for _ in range(12):
+        target = budget * (1 - margin) - overhead
         step = fit_step(coded_bytes, target)
         entropy, blob = coded_bytes(step), pack(state, h, step)
         log(f"pack step:{step:.6g} entropy_bytes:{entropy:.0f} packed_bytes:{len(blob)} "
@@ -1076,7 +1086,7 @@ def pack_to_budget(state: Mapping[str, Tensor], h: Hyperparameters, budget: int,
             best = blob
         if fits and (len(blob) >= 0.998 * budget or entropy < 0.99 * target):
             return best  # full, or as fine as the code range allows
-        overhead = len(blob) - entropy
+        overhead, margin = len(blob) - entropy, margin if fits else 2 * margin
     if not best:
         raise RunError(f"export: nothing fits {budget} bytes; raise ARTIFACT_BYTES")
     return best
@@ -1143,11 +1153,9 @@ class Evaluator:
         for first in mine.split(self.rows) if len(mine) else ():
             # The last batch is filled up with windows past the end, which score nothing.
             first = F.pad(first, (0, self.rows - len(first)), value=self.targets)
-            position = first.to(runtime.device)[:, None] + torch.arange(
-                seq_len + 1, device=runtime.device)
+            position = (first[:, None] + torch.arange(seq_len + 1)).to(runtime.device)
             window = self.tokens[position.clamp(max=self.targets)].long()
-            losses = self.losses(model, window[:, :-1], window[:, 1:],
-                                 scored if scored < seq_len else 0)
+            losses = self.losses(model, window[:, :-1], window[:, 1:], scored % seq_len)
             valid = position[:, -scored:] <= self.targets
             sums[0] += torch.where(valid, losses.double(), 0.0).sum()
             sums[1] += valid.sum()
@@ -1175,8 +1183,7 @@ def batch_layout(h: Hyperparameters, world_size: int) -> tuple[int, int, int]:
     micro = next(n for n in range(1, local + 1) if local % n == 0 and local // n <= most)
     return sequences, local, micro
 
-def graph_count() -> int:
-    """Graphs compiled by this process so far."""
+def graph_count() -> int:  # compiled by this process so far
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 class Trainer:
@@ -1218,7 +1225,7 @@ class Trainer:
         h, device = self.h, self.runtime.device
         restore = self.optimizer.snapshot()
         generator = torch.Generator(device).manual_seed(self.runtime.rank)
-        with torch.random.fork_rng():
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
             for step in range(2 * h.warmup_steps):
                 if step == h.warmup_steps:
                     self.optimizer.start_qat(self.weight_bytes())
@@ -1240,9 +1247,8 @@ class StepQueue:
     and every loss and time read here is of a finished step, so reading costs nothing."""
     def __init__(self, h: Hyperparameters, log: RunLog, watch: Stopwatch):
         self.h, self.log, self.watch, self.last_loss = h, log, watch, math.nan
-        # (step, loss on the host, event that ends the step); then the clock at recent ends
-        self.flights: collections.deque[tuple[int, Tensor, Any]] = collections.deque()
-        self.ends: collections.deque[float] = collections.deque(maxlen=17)
+        self.flights = collections.deque[tuple[int, Tensor, Any]]()  # step, host loss, end event
+        self.ends = collections.deque[float](maxlen=17)  # clock at the latest ends
 
     def push(self, step: int, loss: Tensor) -> None:
         done = None
@@ -1251,7 +1257,7 @@ class StepQueue:
             done = torch.cuda.Event()
             done.record()
         self.flights.append((step, loss, done))
-        self.land(in_flight=2)
+        self.land(in_flight=2 if done else 0)
 
     def land(self, in_flight: int = 0) -> None:
         """Waits until at most so many steps are queued; RunError if a loss is not finite."""
@@ -1292,7 +1298,7 @@ def train(h: Hyperparameters, runtime: Runtime, log: RunLog, evaluator: Evaluato
     while step < h.iterations:
         # Rank 0's clock is everybody's; the second step ahead is margin.
         ends, elapsed = runtime.agree_on((steps.projected(2), watch.elapsed()))
-        if 0 < h.max_wallclock_seconds < ends:
+        if step and 0 < h.max_wallclock_seconds < ends:
             break
         if h.val_loss_every and step and step % h.val_loss_every == 0:
             steps.land()
@@ -1331,20 +1337,17 @@ def train(h: Hyperparameters, runtime: Runtime, log: RunLog, evaluator: Evaluato
 def environment_facts(runtime: Runtime) -> dict[str, Any]:
     """Versions and hardware, for the log and the submission."""
     cuda = runtime.device.type == "cuda"
-    git = subprocess.run(["git", "-C", str(SOURCE.parent), "describe", "--always", "--dirty"],
-                         capture_output=True, text=True, check=False)
     hardware = torch.cuda.get_device_name() if cuda else f"{os.cpu_count()}-core CPU"
     modules = {m.__name__: m.__version__ for m in (torch, np, zstandard, sentencepiece)}
     return {"hardware": f"{runtime.world_size} x {hardware}" if cuda else hardware,
             "python": platform.python_version(), **modules, "cuda": torch.version.cuda,
-            "cudnn": torch.backends.cudnn.version() if cuda else None, "commit": git.stdout.strip()}
+            "cudnn": torch.backends.cudnn.version() if cuda else None}
 
 def dataset_label(h: Hyperparameters, targets: int) -> str:
     """`sample`, the published split's name if the token count is its own, else `proxy`."""
     if "sample" in Path(h.data_path).name:
         return "sample"
-    usable = targets // 2048 * 2048  # the challenge drops the tail
-    official = FINEWEB_VAL_TOKENS.get(h.vocab_size) == usable
+    official = targets // 2048 * 2048 == FINEWEB_VAL_TOKENS.get(h.vocab_size)  # less the tail
     return f"fineweb10B_sp{h.vocab_size}" if official else "proxy"
 
 def submission(h: Hyperparameters, hardware: str, scores: Mapping[str, Score],
@@ -1360,8 +1363,7 @@ def submission(h: Hyperparameters, hardware: str, scores: Mapping[str, Score],
               if stage in ("trained", "averaged")}
     return {
         "author": h.author, "github_id": h.github_id, "name": h.run_id,
-        "blurb": f"{h.num_layers}L x {h.model_dim}, partial RoPE, XSA, value embedding, SmearGate, "
-                 "Muon, tight SWA, late QAT on the export grid, budget-fitted int6/int8, zstd",
+        "blurb": f"{h.num_layers}L x {h.model_dim}, XSA, VE, SmearGate, Muon, SWA, late QAT, int6",
         "date": datetime.date.today().isoformat(), "track": "10min_16mb",
         "dataset": dataset_label(h, plain.tokens), "hardware": hardware,
         "pytorch_version": torch.__version__, "model_params": h.parameters(),
@@ -1401,10 +1403,8 @@ def pack_and_save(h: Hyperparameters, runtime: Runtime, log: RunLog,
             budget = h.artifact_bytes - SOURCE.stat().st_size
             write_atomic(path, pack_to_budget(averaged, h, budget, log))
             log(f"pack_time:{time.perf_counter() - began:.1f}s")
-        except RunError as error:
-            fault = str(error)
-        except OSError as error:
-            fault = f"{path}: cannot be written ({error.strerror}); free space, then RESUME_FROM"
+        except (RunError, OSError) as error:
+            fault = f"{path}: {error}; the float weights are saved, RESUME_FROM tries again"
     if fault := runtime.agree_on(fault):
         raise RunError(fault)
 
@@ -1415,18 +1415,18 @@ def obtain_weights(h: Hyperparameters, runtime: Runtime, log: RunLog, evaluator:
         content = io.BytesIO(read_file(h.resume_from, "RESUME_FROM"))
         try:
             saved = torch.load(content, map_location=runtime.device, weights_only=True)
+            architecture, stages, facts = (saved[n] for n in ("architecture", "stages", "facts"))
         except Exception:
-            raise RunError(f"RESUME_FROM={h.resume_from}: not saved weights; name the "
-                           "final_model.pt of a run") from None
-        checked_state(h, saved["architecture"], h.resume_from)
-        return {"averaged": saved["averaged"]}, saved["facts"]
+            raise RunError(f"RESUME_FROM={h.resume_from}: not a run's final_model.pt") from None
+        checked_state(h, architecture, h.resume_from)
+        return stages, facts
     plan = BatchPlan(open_split(h.data_path, "train"), h.train_seq_len,
                      h.train_batch_tokens // h.train_seq_len, h.seed)
     stages, facts = train(h, runtime, log, evaluator, Trainer(h, runtime, attend), plan)
     if runtime.rank == 0:
         content = io.BytesIO()
         torch.save({"architecture": {n: getattr(h, n) for n in ARCHITECTURE}, "facts": facts,
-                    "averaged": {n: w.cpu() for n, w in stages["averaged"].items()}}, content)
+                    "stages": {"averaged": stages["averaged"]}}, content)
         write_atomic(Path(h.output_dir) / "final_model.pt", content.getvalue())
     return stages, facts
 
@@ -1440,17 +1440,18 @@ def with_sample(h: Hyperparameters) -> Hyperparameters:
 
 def run(h: Hyperparameters, runtime: Runtime) -> None:
     """The stages: data -> train -> save -> pack -> score what is on disk -> report."""
-    out = Path(h.output_dir)
-    log = RunLog(out / ("eval.log" if h.eval_only else "train.log") if runtime.rank == 0 else None)
-    environment = environment_facts(runtime)
-    log("\n".join((SOURCE.read_text(), "=" * 80, json.dumps(dataclasses.asdict(h), indent=1))),
-        quiet=True)
-    log(json.dumps(environment))
     batch_layout(h, runtime.world_size)
     tokens = np.concatenate(open_split(h.data_path, "val"))
     check_vocabulary(tokens, h.vocab_size, f"{h.data_path}/fineweb_val_*.bin")
     evaluator = Evaluator(h, runtime, tokens, load_byte_table(h.tokenizer_path, h.vocab_size))
-    label = dataset_label(h, evaluator.targets)
+    out, label = Path(h.output_dir), dataset_label(h, evaluator.targets)
+    # Opened only now, so that a run which cannot start leaves the last one's log alone.
+    stage = "eval" if h.eval_only else "resume" if h.resume_from else "train"
+    log = RunLog(out / f"{stage}.log" if runtime.rank == 0 else None)
+    environment = environment_facts(runtime)
+    log("\n".join((SOURCE.read_text(), "=" * 80, json.dumps(dataclasses.asdict(h), indent=1))),
+        quiet=True)
+    log(json.dumps(environment))
     log(f"dataset:{label} val_tokens:{evaluator.targets} val_bytes:{evaluator.text_bytes} "
         f"model_params:{h.parameters()} world_size:{runtime.world_size} seed:{h.seed}")
     attend = choose_attention(h, runtime, log)

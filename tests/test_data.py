@@ -99,10 +99,10 @@ def test_a_shard_of_no_tokens_is_read_as_empty(tmp_path: Path) -> None:
 
 
 def test_a_split_is_its_own_shards_in_name_order(tmp_path: Path) -> None:
-    for number in (2, 0, 1):
-        support.write_shard(tmp_path / f"fineweb_train_{number:06d}.bin", [number, number + 10])
+    for number in np.random.default_rng(0).permutation(12).tolist():
+        support.write_shard(tmp_path / f"fineweb_train_{number:06d}.bin", [number, 50])
     support.write_shard(tmp_path / "fineweb_val_000000.bin", [99])
-    assert [s.tolist() for s in open_split(str(tmp_path), "train")] == [[0, 10], [1, 11], [2, 12]]
+    assert [s.tolist() for s in open_split(str(tmp_path), "train")] == [[n, 50] for n in range(12)]
     assert [s.tolist() for s in open_split(str(tmp_path), "val")] == [[99]]
 
 

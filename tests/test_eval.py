@@ -120,8 +120,8 @@ def losses_by_place(
     """The loss that evaluation of the whole text gives each token, by the token's place."""
     _, numbers = spied_score(np.arange(len(tokens)), stride, monkeypatch, places=True)
     _, losses = spied_score(tokens, stride, monkeypatch)
-    pairs = zip(torch.cat([n.flatten() for _, n in numbers]).tolist(),
-                torch.cat([loss.flatten() for _, loss in losses]).tolist(), strict=True)  # fmt: skip
+    places, nats = (torch.cat([x.flatten() for _, x in c]).tolist() for c in (numbers, losses))
+    pairs = zip(places, nats, strict=True)
     return {int(place): loss for place, loss in pairs if not math.isnan(place)}
 
 

@@ -97,7 +97,8 @@ def ref_losses(
     for t in range(1, length):
         if inputs[t] != BOS_ID:
             x[t] = (1 - gate) * embedded[t] + gate * embedded[t - 1]
-    x0, outputs = x, []
+    x0 = x
+    outputs: list[Tensor] = []
     value_embedding = w["ve_emb"][inputs] @ w["ve_proj"][0].T
     for i in range(layers):
         if i >= layers - half:

@@ -135,6 +135,7 @@ def test_a_row_of_zeros_stays_zeros(qmax: int, step: float, ratio: float) -> Non
     codes, scale = quantize(w, *grid(qmax, step, ratio))
     assert not codes[:, 3].any()
     assert not dequantize(codes, scale)[:, 3].any()
+    assert bool((scale > 0).all()), "0 / 0 is no code"
     assert bool(torch.isfinite(scale).all())
 
 
@@ -160,16 +161,19 @@ def test_the_scale_of_a_row_depends_on_no_other_row(qmax: int) -> None:
         assert float(alone) == float(whole[n, r])
 
 
-@settings(max_examples=40)
-@given(some_weights, st.sampled_from(QMAX), st.sampled_from([1e-4, 0.003, 0.02, 0.3, 5.0]))
+@pytest.mark.parametrize("share", [0.02, 0.05, 0.1, 0.15])
+@pytest.mark.parametrize("heavy", [False, True])
+@pytest.mark.parametrize("qmax", QMAX)
 def test_the_scale_is_the_cheapest_candidate_in_rate_and_distortion(
-    w: Tensor, qmax: int, floor: float
+    qmax: int, heavy: bool, share: float
 ) -> None:
+    w = weights(8, 0.02, heavy, rows=30, columns=512)
+    floor = share * float(w.std()) * 31 / qmax
     scale = row_scales(w, torch.full((2, 1, 1), floor), torch.full((2, 1, 1), float(qmax)))
     floor = float(np.float32(floor))
     # The price at which `floor` is the optimum of s^2 / 12 - price * log2(s), by differentiation.
     price = (floor / 6) / (1 / (floor * math.log(2)))
-    for n, r in itertools.product(range(2), range(min(4, w.shape[1]))):
+    for n, r in itertools.product(range(2), range(30)):
         row = w[n, r].double().numpy()
 
         def error(s: float, row: np.ndarray = row) -> float:
@@ -184,7 +188,7 @@ def test_the_scale_is_the_cheapest_candidate_in_rate_and_distortion(
         stored = 2.0**-8  # a stored scale may have as few as 8 bits
         assert min(abs(chosen / c - 1) for c in candidates) <= stored, "not one of the candidates"
         best = min(candidates, key=cost)
-        assert cost(chosen) <= cost(best) + 0.02 * error(best) + 2 * stored * len(row) * price
+        assert cost(chosen) <= cost(best) + 0.01 * error(best) + stored * len(row) * price
 
 
 @pytest.mark.parametrize("qmax", QMAX)
@@ -280,9 +284,7 @@ def test_the_entropy_falls_as_the_step_grows() -> None:
 
 @settings(max_examples=60)
 @given(st.floats(-20, 6), st.sampled_from([0.5, 1.0, 3.0]))
-def test_fit_step_finds_the_smallest_step_that_meets_the_target(
-    where: float, power: float
-) -> None:
+def test_fit_step_finds_the_smallest_step_that_meets_the_target(where: float, power: float) -> None:
     def size_of(step: float) -> float:
         return 1000.0 * step**-power
 

@@ -19,32 +19,24 @@ import torch
 from support import REPO, write_shard
 
 VOCAB = 300
-WORDS = "river stone lantern quiet harbour seven violet engine winter caf\u00e9 and the of".split()
+# fmt: off
+WORDS = ["river", "stone", "lantern", "quiet", "harbour", "seven", "violet", "engine", "winter",
+         "caf\u00e9", "and", "the", "of"]
 SETTINGS = dict(  # the smoke preset, smaller
-    PRESET="smoke",
-    VOCAB_SIZE=VOCAB,
-    TRAIN_SEQ_LEN=64,
-    TRAIN_BATCH_TOKENS=512,
-    MICRO_BATCH_TOKENS=256,
-    VAL_BATCH_SIZE=1024,
-    EVAL_STRIDE=16,
-    MODEL_DIM=64,
-    MLP_HIDDEN=96,
-    VE_DIM=16,
-    ITERATIONS=12,
-    VAL_LOSS_EVERY=6,
-    TRAIN_LOG_EVERY=2,
-    WARMUP_STEPS=1,
-    MAX_WALLCLOCK_SECONDS=0,
-    SWA_THRESHOLD=0.5,
-    QAT_THRESHOLD=0.3,
-    OMP_NUM_THREADS=1,
+    PRESET="smoke", VOCAB_SIZE=VOCAB, TRAIN_SEQ_LEN=64, TRAIN_BATCH_TOKENS=512,
+    MICRO_BATCH_TOKENS=256, VAL_BATCH_SIZE=1024, EVAL_STRIDE=16, MODEL_DIM=64, MLP_HIDDEN=96,
+    VE_DIM=16, ITERATIONS=12, VAL_LOSS_EVERY=6, TRAIN_LOG_EVERY=2, WARMUP_STEPS=1,
+    MAX_WALLCLOCK_SECONDS=0, SWA_THRESHOLD=0.5, QAT_THRESHOLD=0.3, OMP_NUM_THREADS=1,
 )
-SUBMISSION_KEYS = """author github_id name blurb date track dataset hardware pytorch_version
-    model_params val_loss val_bpb val_bpb_roundtrip averaged_val_bpb trained_val_bpb eval_stride
-    bytes_total bytes_code bytes_model_int6_zstd step_stop step_avg_ms wallclock_seconds
-    eval_time_seconds seeds seed_results""".split()
-SEED_KEYS = "val_loss val_bpb val_bpb_roundtrip artifact_bytes steps step_avg_ms".split()
+SUBMISSION_KEYS = [
+    "author", "github_id", "name", "blurb", "date", "track", "dataset", "hardware",
+    "pytorch_version", "model_params", "val_loss", "val_bpb", "val_bpb_roundtrip",
+    "averaged_val_bpb", "trained_val_bpb", "eval_stride", "bytes_total", "bytes_code",
+    "bytes_model_int6_zstd", "step_stop", "step_avg_ms", "wallclock_seconds",
+    "eval_time_seconds", "seeds", "seed_results",
+]
+SEED_KEYS = ["val_loss", "val_bpb", "val_bpb_roundtrip", "artifact_bytes", "steps", "step_avg_ms"]
+# fmt: on
 
 
 def documents(count: int, seed: int) -> list[str]:
@@ -148,7 +140,11 @@ class Launcher:
         log, report = out / "train.log", out / "submission.json"
         lines = log.read_text().splitlines() if log.exists() else []
         fields = json.loads(report.read_text()) if report.exists() else {}
-        return Finished(done.returncode, done.stdout, done.stderr, seconds, out, lines, fields)
+        packed = out / "final_model.ptz"
+        artifact = packed.read_bytes() if packed.exists() else b""
+        return Finished(
+            done.returncode, done.stdout, done.stderr, seconds, out, lines, fields, artifact
+        )
 
     def close(self) -> None:
         self.pool.shutdown(cancel_futures=True)
