@@ -104,7 +104,7 @@ class Hyperparameters:
     ve_layers: int = 2  # last layers that add the value embedding to V
     ve_dim: int = 128
     logit_softcap: float = 30.0
-    qk_gain_init: float = 1.5  # per-head sharpness of the attention logits
+    qk_gain_init: float = 4.0  # per-head sharpness of the attention logits
     embed_init_std: float = 0.005
 
     # Optimizer
