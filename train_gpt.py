@@ -119,7 +119,7 @@ class Hyperparameters:
     beta1: float = 0.9
     beta2: float = 0.95
     adam_eps: float = 1e-8
-    grad_clip_norm: float = 0.3  # global L2 norm
+    grad_clip_norm: float = 0.3  # global L2 norm; 0: no clipping
 
     # Schedule
     iterations: int = 20_000  # steps; whichever of this and the clock ends first
@@ -168,36 +168,35 @@ class Hyperparameters:
 
     def validate(self) -> None:
         """Raises RunError for the first combination that cannot run."""
-        seq_len, inf = self.train_seq_len, math.inf
+        inf = math.inf
         for names, low, high in (
             ("vocab_size num_layers", 2, inf),
             ("model_dim num_heads num_kv_heads mlp_hidden ve_layers ve_dim train_seq_len "
-             "train_batch_tokens train_log_every warmup_steps val_batch_size iterations", 1, inf),
-            ("rope_base logit_softcap grad_clip_norm adam_eps warmdown_fraction", 1e-12, inf),
+             "train_batch_tokens train_log_every warmup_steps val_batch_size iterations "
+             "muon_steps", 1, inf),
+            ("rope_base logit_softcap adam_eps warmdown_fraction", 1e-12, inf),
             ("beta1 beta2 muon_momentum muon_momentum_start", 0, 1 - 1e-9),
             ("warmdown_fraction momentum_warmup_fraction", 0, 1), ("zstd_level", 1, 22)):
             for name in names.split():
                 if not low <= getattr(self, name) <= high:
-                    raise RunError(f"{name.upper()}={getattr(self, name)!r}: set {low} to {high}")
-        for ok, name, fix in (
-            (self.model_dim % self.num_heads == 0, "num_heads", f"must divide {self.model_dim=}"),
-            (self.num_heads % self.num_kv_heads == 0, "num_kv_heads",
-             f"must divide {self.num_heads=}"),
-            (self.rope_dims % 2 == 0 and self.rope_dims <= self.head_dim, "rope_dims",
-             f"must be even and at most {self.head_dim=}"),
-            (self.xsa_layers <= self.num_layers, "xsa_layers", f"set at most {self.num_layers=}"),
-            (self.ve_layers <= self.num_layers, "ve_layers", f"set 1 to {self.num_layers=}"),
-            (self.train_batch_tokens % seq_len == 0, "train_batch_tokens",
-             f"set a multiple of {self.train_seq_len=}"),
-            (self.micro_batch_tokens >= seq_len, "micro_batch_tokens", f"set {seq_len=} or more"),
-            (self.eval_stride <= seq_len, "eval_stride", f"set 0 (plain only) to {seq_len=}"),
-            (not (self.eval_only and self.resume_from), "eval_only", "unset RESUME_FROM"),
-            (self.parameters() // 4 < self.artifact_bytes, "artifact_bytes",
-             f"{self.parameters():,} parameters need 2 bits each; raise it or lower MLP_HIDDEN"),
-        ):
-            if not ok:
-                fix = fix.replace("self.", "")  # left by the f-strings' {name=}
-                raise RunError(f"{name.upper()}={getattr(self, name)!r}: {fix}")
+                    span = f"{low} or more" if high == inf else f"{low} to {high}"
+                    raise RunError(f"{name.upper()}={getattr(self, name)!r}: set {span}")
+        for name, must, other in (
+            ("num_heads", "divide", "model_dim"), ("num_kv_heads", "divide", "num_heads"),
+            ("train_seq_len", "divide", "train_batch_tokens"),
+            ("train_seq_len", "not exceed", "micro_batch_tokens"),
+            ("eval_stride", "not exceed", "train_seq_len"), ("rope_dims", "not exceed", "head_dim"),
+            ("xsa_layers", "not exceed", "num_layers"), ("ve_layers", "not exceed", "num_layers")):
+            mine, its = getattr(self, name), getattr(self, other)
+            if its % mine if must == "divide" else mine > its:
+                raise RunError(f"{name.upper()}={mine}: must {must} {other.upper()}={its}")
+        if self.rope_dims % 2:
+            raise RunError(f"ROPE_DIMS={self.rope_dims}: must be even")
+        if self.eval_only and self.resume_from:
+            raise RunError(f"EVAL_ONLY={self.eval_only}: unset it or RESUME_FROM")
+        if self.parameters() // 4 >= self.artifact_bytes:
+            raise RunError(f"ARTIFACT_BYTES={self.artifact_bytes}: {self.parameters():,} weights "
+                           "need 2 bits each; raise it or lower MLP_HIDDEN")
 
     def parameters(self) -> int:
         """Number of trained parameters, from the shapes alone."""
@@ -759,10 +758,8 @@ def progress_of(h: Hyperparameters, step: int, elapsed: float) -> float:
 
 def lr_scale(h: Hyperparameters, progress: float, total_steps: float = 0.0) -> float:
     """1, then linearly to 0 over the warm-down; `total_steps` turns warmdown_iters to a share."""
-    share = h.warmdown_fraction
-    if h.warmdown_iters:
-        share = min(1.0, h.warmdown_iters / max(total_steps or h.iterations, 1.0))
-    return min(1.0, (1.0 - progress) / share)
+    share = h.warmdown_iters / (total_steps or h.iterations) or h.warmdown_fraction
+    return min(1.0, (1.0 - progress) / min(1.0, share))
 
 def muon_momentum(h: Hyperparameters, progress: float) -> float:
     """Linear warm-up, then constant."""
@@ -868,7 +865,7 @@ class Optimizer:
             work.wait()
         squares = torch.stack([s.float().square().sum() for s in shards]).sum()
         squares = self.runtime.sum(squares) + self.flat[:-1].square().sum()
-        clip = (self.h.grad_clip_norm / (squares.sqrt() + 1e-6)).clamp(max=1.0)
+        clip = ((self.h.grad_clip_norm or math.inf) / (squares.sqrt() + 1e-6)).clamp(max=1.0)
         # Numbers that change enter compiled code as 0-d tensors, never as Python floats.
         numbers = [torch.tensor(x) for x in (lr * self.h.matrix_lr, momentum, self.h.weight_decay)]
         for bank, shard in zip(self.banks, shards, strict=True):
@@ -1084,7 +1081,7 @@ def pack_to_budget(state: Mapping[str, Tensor], h: Hyperparameters, budget: int,
         fits = len(blob) < budget
         if fits and len(blob) > len(best):
             best = blob
-        if fits and (len(blob) >= 0.998 * budget or entropy < 0.99 * target):
+        if fits and (len(blob) >= (0.998 - margin) * budget or entropy < 0.99 * target):
             return best  # full, or as fine as the code range allows
         overhead, margin = len(blob) - entropy, margin if fits else 2 * margin
     if not best:

@@ -196,6 +196,16 @@ def test_the_clip_is_global_over_matrices_and_small_parameters() -> None:
     assert float(first_moment) == pytest.approx((1 - h.beta1) * 4 * h.grad_clip_norm / 5, rel=1e-5)
 
 
+def test_a_clip_norm_of_zero_leaves_gradients_as_they_are() -> None:
+    optimizer = new_optimizer(tiny(grad_clip_norm=0.0))
+    gradients = gradients_of(optimizer, 0.0)
+    names = [n for n, _ in optimizer.model.named_parameters()]
+    gradients[names.index("qo_bank")][0, 0, 0] = 3000.0
+    optimizer.step(torch.tensor(0.0), 1.0, 0.9, gradients)
+    bank = next(b for b in optimizer.banks if b.name == "qo_bank")
+    assert float(bank.momentum[0, 0, 0]) == pytest.approx(300.0, rel=1e-5)
+
+
 def test_the_step_returns_the_loss_that_it_was_given() -> None:
     optimizer = new_optimizer(tiny())
     loss = optimizer.step(torch.tensor(2.5), 1.0, 0.9, gradients_of(optimizer, 1.0))
