@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from support import tiny, train_gpt
 
-PLAIN_STEPS, QAT_STEPS, SEQUENCES = 4, 2, 6  # which 1, 2 and 3 ranks divide
+PLAIN_STEPS, QAT_STEPS, SEQUENCES = 20, 2, 6  # which 1, 2 and 3 ranks divide
 LAYOUT: dict[str, int] = dict(  # 8 matrices a bank and 1 of ve_proj: padded over 3 ranks
     train_batch_tokens=SEQUENCES * 32, micro_batch_tokens=SEQUENCES * 32
 )
