@@ -249,6 +249,8 @@ class Runtime:
         world = int(env.get("WORLD_SIZE", 1))
         if h.device not in ("auto", "cpu", "cuda"):
             raise RunError(f"DEVICE={h.device!r}: set auto, cpu or cuda")
+        if h.compile_backend not in ("auto", "none", *torch.compiler.list_backends(())):
+            raise RunError(f"COMPILE_BACKEND={h.compile_backend!r}: set auto, none or inductor")
         gpus = torch.cuda.device_count()
         cuda = gpus > 0 if h.device == "auto" else h.device == "cuda"
         if cuda and local >= gpus:
@@ -976,24 +978,14 @@ class RunningMean:
 # ---- 10. Pack, unpack: float weights <-> artifact -----------------------------------------------
 #
 # Bytes: 8 magic, 4 version, 32 SHA-256 of all that follows, 4 length of the header, the header
-# (zstd of JSON: architecture, zstd level, and per tensor its name, shape, kind and the lengths of
+# (zstd of JSON: architecture, and per tensor its name, shape, kind and the lengths of
 # its frames), then the zstd frames in the header's order.  A rounded tensor has a frame of row
 # scales and one of codes per matrix, so that the entropy coder adapts to each matrix; any other
-# tensor is one frame of float16.  Multi-byte values are stored as byte planes.
+# tensor is one frame of float16.  Values are little-endian.
 
 ARCHITECTURE = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_hidden",
                 "rope_dims", "rope_base", "xsa_layers", "ve_layers", "ve_dim", "logit_softcap",
                 "train_seq_len")
-
-def byte_planes(array: np.ndarray) -> bytes:
-    """First all lowest bytes, then the next: equal exponents end up side by side."""
-    raw = np.frombuffer(array.tobytes(), dtype=np.uint8)
-    return raw.reshape(-1, array.itemsize).T.tobytes()
-
-def from_byte_planes(content: bytes, dtype: str) -> np.ndarray:
-    itemsize = np.dtype(dtype).itemsize
-    planes = np.frombuffer(content, dtype=np.uint8).reshape(itemsize, -1)
-    return np.frombuffer(planes.T.tobytes(), dtype=dtype)
 
 def rounded(state: Mapping[str, Tensor], h: Hyperparameters,
             step: float) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -1004,11 +996,10 @@ def rounded(state: Mapping[str, Tensor], h: Hyperparameters,
 
 def pack(state: Mapping[str, Tensor], h: Hyperparameters, step: float) -> bytes:
     """The artifact's bytes; the same input always gives the same bytes."""
-    streams = {name: [] if name in export_grids(h) else [byte_planes(w.half().cpu().numpy())]
+    streams = {name: [] if name in export_grids(h) else [w.half().cpu().numpy().tobytes()]
                for name, w in state.items()}
     for name, codes, scales in rounded(state, h, step):
-        matrices = codes.cpu().numpy()
-        streams[name] = [byte_planes(scales.cpu().numpy()), *(m.tobytes() for m in matrices)]
+        streams[name] = [part.tobytes() for part in (scales.cpu().numpy(), *codes.cpu().numpy())]
 
     def compress(stream: bytes) -> bytes:
         return zstandard.ZstdCompressor(level=h.zstd_level).compress(stream)
@@ -1052,9 +1043,9 @@ def unpack(artifact: bytes, where: str = "artifact") -> tuple[dict[str, Any], di
 def read_tensor(shape: list[int], kind: str, streams: list[bytes]) -> Tensor:
     """float32 weights from the streams that `pack` made, through the one `dequantize`."""
     if kind == "float16":
-        return torch.from_numpy(from_byte_planes(streams[0], "<f2").copy()).view(shape).float()
-    scales = torch.from_numpy(from_byte_planes(streams[0], "<f4").copy())
-    codes = torch.from_numpy(np.frombuffer(b"".join(streams[1:]), dtype=np.int8).copy())
+        return torch.from_numpy(np.frombuffer(streams[0], "<f2").copy()).view(shape).float()
+    scales = torch.from_numpy(np.frombuffer(streams[0], "<f4").copy())
+    codes = torch.from_numpy(np.frombuffer(b"".join(streams[1:]), np.int8).copy())
     rows, columns = shape[-2:]
     return dequantize(codes.view(-1, rows, columns), scales.view(-1, rows, 1)).view(shape)
 
