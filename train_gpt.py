@@ -926,7 +926,7 @@ class Optimizer:
             shared, own = (sum(entropy_bits(quantize(m, box, *grid)[0]) for m, *grid in group)
                            for group in (tables, banks))
             return (shared + float(self.runtime.sum(torch.tensor(own, dtype=torch.float64)))) / 8
-        step = fit_step(size_of, weight_bytes)
+        step = self.runtime.agree_on(fit_step(size_of, weight_bytes))
         self.qat_step = torch.tensor(step, device=self.runtime.device)
         return step
 
