@@ -38,9 +38,23 @@ def test_shards_written_by_prepare_data_are_read_back(tmp_path: Path) -> None:
 
 
 def test_a_shard_is_mapped_and_not_read_into_memory(tmp_path: Path) -> None:
-    shard = read_shard(support.write_shard(tmp_path / "a.bin", range(10)))
-    assert isinstance(shard, np.memmap)
+    path = support.write_shard(tmp_path / "a.bin", range(10))
+    shard = read_shard(path)
     assert not shard.flags.writeable
+    with path.open("r+b") as file:  # a later change of the file shows in the array
+        file.seek(1024 + 2 * 3)
+        file.write(np.array([777], dtype="<u2").tobytes())
+    assert shard.tolist() == [0, 1, 2, 777, 4, 5, 6, 7, 8, 9]
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="Linux tells a mapping's advice")
+def test_a_shard_is_not_read_ahead(tmp_path: Path) -> None:
+    path = support.write_shard(tmp_path / "a.bin", range(10))
+    shard = read_shard(path)
+    assert len(shard) == 10
+    mapping = Path("/proc/self/smaps").read_text().split(str(path))[1]
+    flags = next(line for line in mapping.splitlines() if line.startswith("VmFlags"))
+    assert "rr" in flags.split(), "the kernel would read ahead of random windows"
 
 
 def shard_refusal(path: Path) -> str:
