@@ -1140,13 +1140,13 @@ class Evaluator:
 
     def _sum(self, model: GPT, starts: range, scored: int) -> Tensor:
         """float64 (nats, tokens) of this rank's share of the windows."""
-        runtime, seq_len = self.runtime, self.h.train_seq_len
-        sums = torch.zeros(2, dtype=torch.float64, device=runtime.device)
+        runtime, device, seq_len = self.runtime, self.runtime.device, self.h.train_seq_len
+        sums = torch.zeros(2, dtype=torch.float64, device=device)
         mine = torch.tensor(starts[runtime.rank :: runtime.world_size], dtype=torch.int64)
         for first in mine.split(self.rows) if len(mine) else ():
             # The last batch is filled up with windows past the end, which score nothing.
             first = F.pad(first, (0, self.rows - len(first)), value=self.targets)
-            position = (first[:, None] + torch.arange(seq_len + 1)).to(runtime.device)
+            position = first.to(device)[:, None] + torch.arange(seq_len + 1, device=device)
             window = self.tokens[position.clamp(max=self.targets)].long()
             losses = self.losses(model, window[:, :-1], window[:, 1:], scored % seq_len)
             valid = position[:, -scored:] <= self.targets
