@@ -439,18 +439,14 @@ def test_a_split_of_one_token_has_no_bytes(tokenizer: Path) -> None:
     assert load_byte_table(str(tokenizer), 320).count(np.array([5], dtype=np.uint16)) == 0
 
 
-SAMPLE = support.REPO / "data" / "datasets" / "sample_sp1024"
-SAMPLE_MODEL = support.REPO / "data" / "tokenizers" / "sample_1024_bpe.model"
-
-
-@pytest.mark.skipif(not SAMPLE.is_dir(), reason="the built-in sample has not been built here")
 def test_the_bytes_of_the_sample_are_those_of_its_decoded_documents() -> None:
-    (tokens,) = open_split(str(SAMPLE), "val")
-    sp = sentencepiece.SentencePieceProcessor(model_file=str(SAMPLE_MODEL))
+    h = train_gpt.with_sample(train_gpt.Hyperparameters(data_path="sample"))  # built if missing
+    (tokens,) = open_split(h.data_path, "val")
+    sp = sentencepiece.SentencePieceProcessor(model_file=h.tokenizer_path)
     starts = np.flatnonzero(tokens == BOS)
     documents = [part[1:].tolist() for part in np.split(tokens, starts[1:])]
     expected = sum(len(text.encode()) for text in sp.decode(documents))
-    table = load_byte_table(str(SAMPLE_MODEL), 1024)
+    table = load_byte_table(h.tokenizer_path, 1024)
     assert table.count(tokens) == expected
     head = tokens[:20_000]
     assert table.count(head) == bytes_by_the_rule(sp, head)
