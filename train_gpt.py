@@ -1160,7 +1160,7 @@ class Evaluator:
         """Compiles the evaluation graphs on dummy tokens."""
         window = torch.zeros(self.rows, self.h.train_seq_len + 1, dtype=torch.int64,
                              device=self.runtime.device)
-        for scored in {0, self.h.eval_stride}:
+        for scored in {0, self.h.eval_stride % self.h.train_seq_len}:
             self.losses(model, window[:, :-1], window[:, 1:], scored)
 
 # ---- 12. Training -------------------------------------------------------------------------------
@@ -1189,7 +1189,7 @@ class Trainer:
         self.model = GPT(h, weights, attend)
         self.optimizer = Optimizer(self.model, h, runtime)
         self.average = RunningMean(self.optimizer.masters())
-        self.sequences, self.local, self.micro = batch_layout(h, runtime.world_size)
+        _, self.local, self.micro = batch_layout(h, runtime.world_size)
         self.loss = runtime.compile(self.mean_loss)
 
     @staticmethod
@@ -1297,8 +1297,9 @@ def train(h: Hyperparameters, runtime: Runtime, log: RunLog, evaluator: Evaluato
         if h.val_loss_every and step and step % h.val_loss_every == 0:
             steps.land()
             watch.stop()
-            log(f"step:{step}/{h.iterations} {evaluator.score(trainer.model)} "
-                f"train_time:{watch.elapsed() * 1e3:.0f}ms")
+            score = evaluator.score(trainer.model)
+            log(f"step:{step}/{h.iterations} val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f} "
+                f"train_time:{watch.total * 1e3:.0f}ms step_avg:{watch.total * 1e3 / step:.2f}ms")
             watch.start()
         progress = progress_of(h, step, elapsed)
         total_steps = min(h.iterations, step / progress if progress else h.iterations)
@@ -1381,9 +1382,10 @@ def checked_state(h: Hyperparameters, architecture: Mapping[str, Any], where: st
             raise RunError(f"{where}: holds {name}={found}, expected {getattr(h, name)}; set "
                            f"{name.upper()}={found}")
 
-def read_file(path: str | Path, variable: str) -> bytes:
+def read_file(path: str | Path, variable: str, runtime: Runtime) -> bytes:
+    """Read by rank 0 for all ranks: other nodes need no copy."""
     try:
-        return Path(path).read_bytes()
+        return runtime.agree_on(Path(path).read_bytes() if runtime.rank == 0 else b"")
     except OSError as error:
         raise RunError(f"{variable}={path}: cannot be read ({error.strerror}); name a file that "
                        "a run has written") from None
@@ -1406,7 +1408,7 @@ def obtain_weights(h: Hyperparameters, runtime: Runtime, log: RunLog, evaluator:
                    attend: Attend) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """Float weights by stage, from training or from RESUME_FROM, and the facts of training."""
     if h.resume_from:
-        content = io.BytesIO(read_file(h.resume_from, "RESUME_FROM"))
+        content = io.BytesIO(read_file(h.resume_from, "RESUME_FROM", runtime))
         try:
             saved = torch.load(content, map_location=runtime.device, weights_only=True)
             architecture, stages, facts = (saved[n] for n in ("architecture", "stages", "facts"))
@@ -1458,7 +1460,7 @@ def run(h: Hyperparameters, runtime: Runtime) -> None:
             scores[stage] = evaluator.score(load_model(h, runtime, state, attend))
             log(f"stage:{stage} {scores[stage]}")
         pack_and_save(h, runtime, log, stages["averaged"], artifact)
-    content = read_file(artifact, "EVAL_ONLY")
+    content = read_file(artifact, "EVAL_ONLY", runtime)
     architecture, state = unpack(content, str(artifact))
     checked_state(h, architecture, str(artifact))
     model = load_model(h, runtime, state, attend)

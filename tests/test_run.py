@@ -276,7 +276,8 @@ def test_the_log_has_the_lines_of_the_challenge(finished: Get) -> None:
     train = r"step:(\d+)/12 train_loss:\d+\.\d{4} train_time:\d+ms step_avg:\d+\.\d\dms"
     steps = [int(m[1]) for line in log if (m := re.fullmatch(train, line))]
     assert steps == [*range(1, 11), 12]
-    val = r"step:(\d+)/12 val_loss:\d+\.\d+ val_bpb:\d+\.\d+ .*train_time:\d+ms.*"
+    val = (r"step:(\d+)/12 val_loss:\d+\.\d{4} val_bpb:\d+\.\d{4} "
+           r"train_time:\d+ms step_avg:\d+\.\d\dms")
     assert [m[1] for line in log if (m := re.fullmatch(val, line))][:1] == ["6"]
     final = r"final_int6_zstd_roundtrip_exact val_loss:\d+\.\d{8} val_bpb:\d+\.\d{8}.*"
     assert sum(bool(re.fullmatch(final, line)) for line in log) == 1

@@ -76,7 +76,7 @@ def losses_of(h: Hyperparameters, folder: Path, steps: int) -> list[float]:
     trainer, plan = new_trainer(h), new_plan(h, folder)
     losses = []
     for step in range(steps):
-        tokens = torch.from_numpy(plan.tokens(step, range(trainer.sequences)))
+        tokens = torch.from_numpy(plan.tokens(step, range(plan.batch_seqs)))
         progress = train_gpt.progress_of(h, step, 0.0)
         lr, momentum = train_gpt.lr_scale(h, progress), train_gpt.muon_momentum(h, progress)
         losses.append(float(trainer.train_step(tokens, lr, momentum)))
@@ -130,7 +130,7 @@ def test_a_warmed_up_run_has_the_losses_of_a_cold_one(tmp_path: Path) -> None:
     warm.warm_up(new_evaluator(h, cpu_runtime()))
     plan = new_plan(h, tmp_path)
     for step in range(4):
-        tokens = torch.from_numpy(plan.tokens(step, range(warm.sequences)))
+        tokens = torch.from_numpy(plan.tokens(step, range(plan.batch_seqs)))
         losses = [float(trainer.train_step(tokens, 0.5, 0.9)) for trainer in (warm, cold)]
         assert losses[0] == losses[1]
 
