@@ -27,7 +27,6 @@ import collections
 import contextlib
 import copy
 import dataclasses
-import datetime
 import difflib
 import hashlib
 import io
@@ -36,7 +35,6 @@ import json
 import math
 import mmap
 import os
-import platform
 import struct
 import sys
 import time
@@ -44,7 +42,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import sentencepiece
@@ -55,8 +53,14 @@ import zstandard
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-# ---- 1. Constants of the challenge's formats ----------------------------------------------------
+try:
+    import triton
+    import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:  # builds of torch for the CPU come without it
+    triton = tl = TensorDescriptor = None
 
+# ---- 1. Constants of the challenge's formats ----------------------------------------------------
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 256 * 4
 BOS_ID = 1  # every document starts with it
 SPACE = "\u2581"  # SentencePiece's mark of a leading space
@@ -68,7 +72,6 @@ class RunError(Exception):
     """A mistake the user can mend: what, where, expected, found, remedy.  Never a traceback."""
 
 # ---- 2. Hyperparameters -------------------------------------------------------------------------
-
 RETIRED = {  # names of the challenge's baseline that mean nothing here -> what to set instead
     "MLP_MULT": "MLP_HIDDEN", "TIED_EMBED_LR": "EMBED_LR", "HEAD_LR": "EMBED_LR",
     "TIE_EMBEDDINGS": "nothing: they are always tied", "MUON_BACKEND_STEPS": "MUON_STEPS",
@@ -78,7 +81,6 @@ RETIRED = {  # names of the challenge's baseline that mean nothing here -> what 
 @dataclass(frozen=True)
 class Hyperparameters:
     """All numbers of a run.  The defaults are the `card` preset, the submitted configuration."""
-
     # Run
     preset: str = "card"  # card | smoke
     run_id: str = "card"  # label in the log and in submission.json
@@ -92,7 +94,6 @@ class Hyperparameters:
     resume_from: str = ""  # path of saved float weights to pack and score; nothing is trained
     author: str = "Parameter Golf maintainers"  # for submission.json
     github_id: str = ""  # account that submits
-
     # Model: 25.2M parameters, which 16 MB hold at 5 bits a weight
     vocab_size: int = 1024  # of the tokenizer; embeddings are tied
     num_layers: int = 11  # 5 encode, 6 decode: U-Net skips join them
@@ -108,7 +109,6 @@ class Hyperparameters:
     logit_softcap: float = 30.0  # logits end within +-30, which steadies early training
     qk_gain_init: float = 4.0  # per-head sharpness of the attention logits
     embed_init_std: float = 0.005  # near-uniform first predictions through the tied head
-
     # Optimizer
     matrix_lr: float = 0.025  # Muon, spectral norm per update
     embed_lr: float = 0.035  # AdamW, tables
@@ -122,7 +122,6 @@ class Hyperparameters:
     beta2: float = 0.95  # AdamW, of its square; short, as the run is
     adam_eps: float = 1e-8  # AdamW, floor of the root mean square gradient
     grad_clip_norm: float = 0.3  # global L2 norm; 0: no clipping
-
     # Schedule
     iterations: int = 20_000  # steps; whichever of this and the clock ends first
     max_wallclock_seconds: float = 600.0  # training clock; 0: no cap
@@ -134,26 +133,17 @@ class Hyperparameters:
     swa_threshold: float = 0.2  # average the masters while the lr scale is below
     qat_threshold: float = 0.15  # round the working weights while the lr scale is below
     warmup_steps: int = 2  # untimed steps on random tokens for each graph, then undone
-
     # Export
     artifact_bytes: int = 16_000_000  # code plus packed weights stay below
     int8_step_ratio: float = 0.7  # step of layers 0 and L-1 against the others'
     zstd_level: int = 22  # the highest; packing takes seconds
-
     # Evaluation and log
     eval_stride: int = 64  # new tokens scored per sliding window; 0: plain windows only
     val_batch_size: int = 524_288  # tokens per evaluation batch, over all ranks
     val_loss_every: int = 1000  # steps; 0: only at the end
     train_log_every: int = 200  # steps
-
-    @property
-    def head_dim(self) -> int:
-        return self.model_dim // self.num_heads
-
-    @property
-    def kv_dim(self) -> int:
-        return self.num_kv_heads * self.head_dim
-
+    head_dim = property(lambda self: self.model_dim // self.num_heads)
+    kv_dim = property(lambda self: self.num_kv_heads * self.head_dim)
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> Hyperparameters:
         """Preset plus overrides.  Raises RunError naming the variable, its value and the fix."""
@@ -167,7 +157,6 @@ class Hyperparameters:
         h = cls(**{**PRESETS[preset], **overrides})
         h.validate()
         return h
-
     def validate(self) -> None:
         """Raises RunError for the first combination that cannot run."""
         inf = math.inf
@@ -199,7 +188,6 @@ class Hyperparameters:
         if self.parameters() // 4 >= self.artifact_bytes:
             raise RunError(f"ARTIFACT_BYTES={self.artifact_bytes}: {self.parameters():,} weights "
                            "need 2 bits each; raise it or lower MLP_HIDDEN")
-
     def parameters(self) -> int:
         """Number of trained parameters, from the shapes alone."""
         return sum(math.prod(shape) for shape in parameter_shapes(self).values())
@@ -224,18 +212,15 @@ def refuse_unknown(env: Mapping[str, str], known: list[str]) -> None:
 
 def parse_override(name: str, text: str, kind: str) -> int | float | str:
     """`text` as int, float or str.  Raises RunError with the variable, the value and the fix."""
-    if kind == "str":
-        return text
     try:
-        value = int(text) if kind == "int" else float(text)
+        value = text if kind == "str" else int(text) if kind == "int" else float(text)
     except ValueError:
         raise RunError(f"{name}={text!r}: expected {kind}; unset it or set a number") from None
-    if 0 <= value < math.inf:
-        return value
-    raise RunError(f"{name}={text!r}: expected a finite number of at least 0")
+    if not isinstance(value, str) and not 0 <= value < math.inf:
+        raise RunError(f"{name}={text!r}: expected a finite number of at least 0")
+    return value
 
 # ---- 3. Runtime: ranks and devices, log, clock --------------------------------------------------
-
 @dataclass(frozen=True)
 class Runtime:
     """Where this process stands.  With one process every collective is a no-op."""
@@ -243,17 +228,15 @@ class Runtime:
     rank: int = 0
     world_size: int = 1
     compile_backend: str = "none"
-
     @classmethod
     def start(cls, h: Hyperparameters, env: Mapping[str, str]) -> Runtime:
         """Joins torchrun's process group if there is one and claims the device."""
         rank, local = int(env.get("RANK", 0)), int(env.get("LOCAL_RANK", 0))
-        world = int(env.get("WORLD_SIZE", 1))
+        world, gpus = int(env.get("WORLD_SIZE", 1)), torch.cuda.device_count()
         if h.device not in ("auto", "cpu", "cuda"):
             raise RunError(f"DEVICE={h.device!r}: set auto, cpu or cuda")
         if h.compile_backend not in ("auto", "none", *torch.compiler.list_backends(())):
             raise RunError(f"COMPILE_BACKEND={h.compile_backend!r}: set auto, none or inductor")
-        gpus = torch.cuda.device_count()
         cuda = gpus > 0 if h.device == "auto" else h.device == "cuda"
         if cuda and local >= gpus:
             raise RunError(f"LOCAL_RANK={local}: this machine has {gpus} GPUs; lower "
@@ -262,15 +245,11 @@ class Runtime:
             torch.cuda.set_device(local)
         if world > 1:
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
-        backend = h.compile_backend
-        if backend == "auto":
-            backend = "inductor" if cuda else "none"
+        automatic = "inductor" if cuda else "none"
+        backend = automatic if h.compile_backend == "auto" else h.compile_backend
         return cls(torch.device(f"cuda:{local}" if cuda else "cpu"), rank, world, backend)
-
-    @property
-    def dtype(self) -> torch.dtype:  # of working weights and activations
-        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
-
+    # of working weights and activations
+    dtype = property(lambda self: torch.bfloat16 if self.device.type == "cuda" else torch.float32)
     def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function` as one graph per set of static shapes, or unchanged on a bare CPU."""
         if self.compile_backend == "none":
@@ -279,14 +258,12 @@ class Runtime:
         torch._inductor.config.triton.mix_order_reduction = False
         torch._dynamo.config.recompile_limit = 64
         return torch.compile(function, backend=self.compile_backend, dynamic=False, fullgraph=True)
-
     def agree_on(self, value: Any) -> Any:
         """Rank 0's `value` on every rank; host-side, so the GPU's queue is not drained."""
         box = [value]
         if self.world_size > 1:
             dist.broadcast_object_list(box, src=0)
         return box[0]
-
     def sum(self, tensor: Tensor) -> Tensor:  # in place, over ranks
         if self.world_size > 1:
             dist.all_reduce(tensor)
@@ -302,7 +279,6 @@ class RunLog:
                 path.write_text("")
         except OSError as error:
             raise RunError(f"{path}: unwritable ({error.strerror}); set OUTPUT_DIR") from None
-
     def __call__(self, line: str, *, quiet: bool = False) -> None:
         if self.path:
             with self.path.open("a") as file:
@@ -314,17 +290,13 @@ class Stopwatch:
     """Seconds of training: runs between `start` and `stop`, which wait for the device."""
     def __init__(self, device: torch.device):
         self.device, self.total, self.began = device, 0.0, math.nan
-
     def start(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        self.stop()
         self.began = time.perf_counter()
-
     def stop(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         self.total, self.began = self.elapsed(), math.nan
-
     def elapsed(self) -> float:
         running = not math.isnan(self.began)
         return self.total + (time.perf_counter() - self.began if running else 0.0)
@@ -339,7 +311,6 @@ def write_atomic(path: Path, content: bytes) -> None:
     os.replace(temporary, path)
 
 # ---- 4. Data ------------------------------------------------------------------------------------
-
 def read_shard(path: Path) -> np.ndarray:
     """Memory-mapped uint16 tokens of one shard.  Raises RunError if it is not a whole shard."""
     remedy = "fetch or build it again with prepare_data.py"
@@ -375,10 +346,9 @@ def check_vocabulary(tokens: np.ndarray, vocab_size: int, where: str) -> None:
                        f"VOCAB_SIZE={vocab_size}; use the shards of this vocabulary")
 
 class BatchPlan:
-    """Which windows make batch i: a seeded shuffle over all shards, new in every epoch.
-
-    Batch i is the same (batch_seqs, T+1) tokens for any number of ranks; a rank reads its rows
-    only.  Every epoch also shifts the window grid, so that repeated text is cut elsewhere."""
+    """Which windows make batch i: a seeded shuffle over all shards, new in every epoch, as is the
+    offset of the windows.  Batch i is the same (batch_seqs, T+1) tokens for any number of ranks;
+    a rank reads its rows only."""
     def __init__(self, shards: list[np.ndarray], seq_len: int, batch_seqs: int, seed: int):
         self.shards, self.seq_len, self.batch_seqs, self.seed = shards, seq_len, batch_seqs, seed
         per_shard = [max(0, (len(shard) - seq_len) // seq_len) for shard in shards]
@@ -388,7 +358,6 @@ class BatchPlan:
             raise RunError(f"training shards: expected at least one of {2 * seq_len} tokens, found "
                            f"{max(map(len, shards))}; lower TRAIN_SEQ_LEN or add text")
         self._order: dict[int, tuple[int, np.ndarray]] = {}
-
     def _epoch(self, epoch: int) -> tuple[int, np.ndarray]:
         """Offset of the window grid in tokens and the order of the windows."""
         if epoch not in self._order:
@@ -396,7 +365,6 @@ class BatchPlan:
             offset = int(generator.integers(self.seq_len))
             self._order = {epoch: (offset, generator.permutation(self.windows_per_epoch))}
         return self._order[epoch]
-
     def window(self, position: int) -> tuple[int, int]:
         """(shard, first token) of the window at `position` of the endless shuffled sequence."""
         epoch, index = divmod(position, self.windows_per_epoch)
@@ -405,7 +373,6 @@ class BatchPlan:
         shard = int(np.searchsorted(self.ends, ordinal, side="right"))
         first = ordinal - (int(self.ends[shard - 1]) if shard else 0)
         return shard, offset + first * self.seq_len
-
     def tokens(self, step: int, rows: range) -> np.ndarray:
         """Rows of batch `step`: (len(rows), T+1) int64, inputs and targets overlapping."""
         out = np.empty((len(rows), self.seq_len + 1), dtype=np.int64)
@@ -435,7 +402,6 @@ class ByteTable:
     base: np.ndarray  # int64, without the leading space; a byte-fallback token is 1
     leading_space: np.ndarray  # bool, counted unless the previous token is a boundary
     boundary: np.ndarray  # bool, control and unknown tokens
-
     def count(self, tokens: np.ndarray) -> int:
         """Bytes of tokens[1:], each given its predecessor."""
         total = 0
@@ -467,11 +433,10 @@ def load_byte_table(tokenizer_path: str, vocab_size: int) -> ByteTable:
 
 
 # ---- 5. Quantizer: one grid for late QAT and for export -----------------------------------------
-#
 # An entropy-coded uniform quantiser is near the rate-distortion bound when every weight of equal
-# sensitivity has the same step, whatever its row's spread; the rate is then log2(sigma/step) + 2
-# bits.  So a row's scale is the common `step`, the one number the byte budget decides, unless its
-# largest weights would leave the code range: then the clip is searched (GPTQ-lite).
+# sensitivity has the same step; the rate is then log2(sigma/step) + 2 bits.  So a row's scale is
+# the common `step`, the one number the byte budget decides, unless its largest weights would
+# leave the code range: then the clip is searched (GPTQ-lite).
 
 CLIP_RATIOS = (1.0, 0.92, 0.84, 0.75, 0.6)  # of the row's largest magnitude
 
@@ -480,7 +445,6 @@ class Grid:
     """How a tensor, seen as N matrices (N, R, C), is rounded."""
     qmax: tuple[int, ...]  # largest code per matrix: 31 for int6, 127 for int8
     step_ratio: tuple[float, ...]  # scale floor = ratio * step; 0: each row by its own maximum
-
     def tensors(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """qmax and step_ratio as (N, 1, 1) float32 on the device of `like`."""
         qmax, ratio = (torch.tensor(x, dtype=torch.float32, device=like.device).view(-1, 1, 1)
@@ -501,10 +465,9 @@ def short_scale(x: Tensor) -> Tensor:
     return ((x.view(torch.int32) + 128) & -256).view(torch.float32)
 
 def row_scales(w_NRC: Tensor, floor: Tensor, qmax: Tensor) -> Tensor:
-    """(N, R, 1) float32 scales: the clip of least rate-distortion cost, never below `floor`.
-
-    The cost is squared error minus lambda * log2(scale) per weight, with the lambda at which
-    `floor` itself is optimal: d(s^2/12)/ds = lambda * d(log2 s)/ds gives floor^2 * ln2 / 6."""
+    """(N, R, 1) float32 scales: the clip of least rate-distortion cost, never below `floor`.  The
+    cost is squared error minus lambda * log2(scale) per weight, with the lambda at which `floor`
+    itself is optimal: d(s^2/12)/ds = lambda * d(log2 s)/ds gives floor^2 * ln2 / 6."""
     widest = w_NRC.abs().amax(-1, keepdim=True) / qmax
     floor = short_scale(floor.clamp_min(1e-30))  # never 0, for rows of zeros
     price = floor.square() * (math.log(2) / 6 * w_NRC.shape[-1])
@@ -550,8 +513,10 @@ def fit_step(size_of: Callable[[float], float], target: float) -> float:
         low, high = (low, middle) if size_of(2.0**middle) <= target else (middle, high)
     return 2.0**high
 
-# ---- 6. Attention backends: one causal grouped-query attention, several kernels -----------------
-
+# ---- 6. Kernels: attention backends, and Triton kernels with their plain-torch twins ------------
+jit = triton.jit if triton else lambda function: function
+PROCESSORS = 132  # of an H100 or H200; with more, some would idle
+RELU2_TILE = 256, 128, 64  # rows, columns, depth: 1408 = 11 x 128 leaves no partial tile
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q (B,T,H,E), k and v (B,T,K,E) -> (B,T,H,E)
 
 def sdpa(*backends: SDPBackend) -> Attend:
@@ -569,58 +534,124 @@ def attention_candidates() -> dict[str, Attend]:
     found = {"cudnn": sdpa(SDPBackend.CUDNN_ATTENTION), "flash": sdpa(SDPBackend.FLASH_ATTENTION)}
     with contextlib.suppress(ImportError):
         from flash_attn_interface import flash_attn_func  # type: ignore[import-not-found]
-
         def fa3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             y = flash_attn_func(q, k, v, causal=True)
             return y[0] if isinstance(y, tuple) else y
         found["fa3"] = fa3
     return found
 
-def choose_attention(h: Hyperparameters, runtime: Runtime, log: RunLog) -> Attend:
-    """The fastest kernel whose output and gradients agree with float32 math on this device."""
+def relu2_mlp(x_BTD: Tensor, up_ND: Tensor, down_ND: Tensor) -> Tensor:
+    """relu(x up^T)^2 down (So et al., Primer, 2021); N is the hidden width."""
+    return F.relu(F.linear(x_BTD, up_ND)).square() @ down_ND
+
+class Kernels(NamedTuple):
+    """The functions that have more than one implementation, as chosen at start-up."""
+    attend: Attend = sdpa()
+    mlp: Callable[[Tensor, Tensor, Tensor], Tensor] = relu2_mlp
+
+@jit
+def finish_relu2(part: Any, post_desc: Any, out_desc: Any, m: Any, n: Any,
+                 BACKWARD: tl.constexpr) -> None:
+    if BACKWARD:
+        part *= 2 * tl.sqrt(post_desc.load([m, n]).to(tl.float32))
+    else:
+        part = tl.maximum(part, 0.0) * part
+    out_desc.store([m, n], part.to(out_desc.dtype))
+
+@jit
+def linear_relu2_kernel(a_desc: Any, b_desc: Any, post_desc: Any, out_desc: Any,
+                        BACKWARD: tl.constexpr) -> None:
+    """out = relu(a b^T)^2, or BACKWARD: a b^T * 2 sqrt(post), its derivative.  Persistent; a tile
+    is finished in quarters, which leaves shared memory for a fourth pipeline stage."""
+    BLOCK_M: tl.constexpr = a_desc.block_shape[0]
+    BLOCK_N: tl.constexpr = b_desc.block_shape[0]
+    QUARTER: tl.constexpr = BLOCK_N // 4
+    columns = tl.cdiv(out_desc.shape[1], BLOCK_N)
+    tiles = tl.cdiv(out_desc.shape[0], BLOCK_M) * columns
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+        m = (tile // columns) * BLOCK_M
+        n = (tile % columns) * BLOCK_N
+        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k in range(0, a_desc.shape[1], a_desc.block_shape[1]):
+            total = tl.dot(a_desc.load([m, k]), b_desc.load([n, k]).T, total)
+        halves = tl.split(total.reshape(BLOCK_M, 2, 2 * QUARTER).permute(0, 2, 1))
+        for i in tl.static_range(2):
+            left, right = tl.split(halves[i].reshape(BLOCK_M, 2, QUARTER).permute(0, 2, 1))
+            finish_relu2(left, post_desc, out_desc, m, n + 2 * i * QUARTER, BACKWARD)
+            finish_relu2(right, post_desc, out_desc, m, n + (2 * i + 1) * QUARTER, BACKWARD)
+
+@torch.library.custom_op("golf::linear_relu2", mutates_args=())
+def linear_relu2(a_MK: Tensor, b_NK: Tensor, post_MN: Tensor | None = None) -> Tensor:
+    """relu(a b^T)^2; given that result as `post`, instead a b^T times the derivative there."""
+    out_MN, (m, n, k) = a_MK.new_empty(len(a_MK), len(b_NK)), RELU2_TILE
+    descriptors = [TensorDescriptor.from_tensor(t.contiguous(), block) for t, block in (
+        (a_MK, [m, k]), (b_NK, [n, k]), (out_MN if post_MN is None else post_MN, [m, n // 4]),
+        (out_MN, [m, n // 4]))]
+    programs = min(-(-len(a_MK) // m) * -(-len(b_NK) // n), PROCESSORS)
+    linear_relu2_kernel[(programs,)](*descriptors, post_MN is not None, num_warps=8, num_stages=4)
+    return out_MN
+
+linear_relu2.register_fake(lambda a, b, post=None: a.new_empty(len(a), len(b)))
+
+class FusedMLP(torch.autograd.Function):
+    """`relu2_mlp` that keeps the squares only: the derivative is 2 sqrt(post)."""
+    @staticmethod
+    def forward(ctx: Any, x_MD: Tensor, up_ND: Tensor, down_ND: Tensor) -> Tensor:
+        post_MN = linear_relu2(x_MD, up_ND)
+        ctx.save_for_backward(x_MD, up_ND, down_ND, post_MN)
+        return post_MN @ down_ND
+    @staticmethod
+    def backward(ctx: Any, dy_MD: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        x_MD, up_ND, down_ND, post_MN = ctx.saved_tensors
+        du_MN = linear_relu2(dy_MD, down_ND, post_MN)
+        return du_MN @ up_ND, du_MN.T @ x_MD, post_MN.T @ dy_MD
+
+def fused_mlp(x_BTD: Tensor, up_ND: Tensor, down_ND: Tensor) -> Tensor:
+    return FusedMLP.apply(x_BTD.flatten(0, 1), up_ND, down_ND).view(x_BTD.shape)
+
+def choose_kernels(h: Hyperparameters, runtime: Runtime, log: RunLog) -> Kernels:
+    """The fastest attention whose output and gradients agree with float32 math on this device, and
+    the fused MLP where the GPU (Hopper's TMA) and the shapes allow."""
     if runtime.device.type != "cuda":
-        log("attention:sdpa chosen (the only one on a CPU)")
-        return sdpa()
-    timings: dict[str, float] = {}
-    candidates = attention_candidates()
+        log("attention:sdpa mlp:plain chosen (the only ones on a CPU)")
+        return Kernels()
+    timings, candidates = dict[str, float](), attention_candidates()
     for name, attend in candidates.items():
         try:
-            error, timings[name] = attention_trial(h, attend, runtime.device)
-            log(f"attention:{name} fwd+bwd:{timings[name]:.3f}ms relative_error:{error:.1e}")
-            if not error < 2e-2:  # bf16 lands near 3e-3
-                del timings[name]
+            error, ms = attention_trial(h, attend, runtime.device)
+            log(f"attention:{name} fwd+bwd:{ms:.3f}ms relative_error:{error:.1e}")
+            if error < 2e-2:  # bf16 lands near 3e-3
+                timings[name] = ms
         except Exception as problem:  # a kernel that this driver, GPU or version does not run
             log(f"attention:{name} refused ({type(problem).__name__}: {str(problem)[:120]})")
     if not timings:
         raise RunError("attention: no kernel is correct on this GPU; set DEVICE=cpu")
     best = runtime.agree_on(min(timings, key=lambda name: timings[name]))
-    log(f"attention:{best} chosen (fastest correct)")
-    return candidates[best]
+    fused = torch.cuda.get_device_capability() >= (9, 0) and not (h.mlp_hidden | h.model_dim) % 8
+    log(f"attention:{best} mlp:{'fused' if fused else 'plain'} chosen (fastest correct; the fused "
+        "MLP needs Hopper and widths in eights)")
+    return Kernels(candidates[best], fused_mlp if fused else relu2_mlp)
 
 def attention_trial(h: Hyperparameters, attend: Attend,
                     device: torch.device) -> tuple[float, float]:
     """Largest relative error of output and gradients, and median ms of forward + backward."""
     from triton.testing import do_bench
     generator = torch.Generator(device).manual_seed(0)
-
     def inputs(sequences: int) -> list[Tensor]:
         return [torch.randn(sequences, h.train_seq_len, heads, h.head_dim, generator=generator,
                             device=device).bfloat16()
                 for heads in (h.num_heads, h.num_kv_heads, h.num_kv_heads, h.num_heads)]
-
     def run(function: Attend, tensors: list[Tensor]) -> list[Tensor]:
         q, k, v = (t.detach().requires_grad_() for t in tensors[:3])
         y = function(q, k, v)
         return [y.detach(), *torch.autograd.grad(y, (q, k, v), tensors[3].to(y.dtype))]
-
     small, full = inputs(2), inputs(max(1, h.micro_batch_tokens // h.train_seq_len))
     exact = run(sdpa(SDPBackend.MATH), [t.float() for t in small])
-    pairs = zip(run(attend, small), exact, strict=True)
-    error = max(float((a.float() - b).norm() / b.norm()) for a, b in pairs)
+    error = max(float((a.float() - b).norm() / b.norm())
+                for a, b in zip(run(attend, small), exact, strict=True))
     return error, do_bench(lambda: run(attend, full), return_mode="median")
 
 # ---- 7. Model -----------------------------------------------------------------------------------
-
 def parameter_shapes(h: Hyperparameters) -> dict[str, tuple[int, ...]]:
     """Name -> shape.  Matrices of one shape form a bank: first one role for all layers, then the
     other.  `mlp_bank` holds the down-projections transposed, so that both halves agree."""
@@ -668,6 +699,18 @@ def apply_rotary(x_BTHE: Tensor, table: Tensor) -> Tensor:
     a, b, rest = x_BTHE.split((half, half, x_BTHE.shape[-1] - 2 * half), dim=-1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos, rest), dim=-1)
 
+def project_heads(x_BTD: Tensor, w_CD: Tensor, gain_H: Tensor,
+                  rotary: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Normed and rotated q (B,T,H,E) and k (B,T,K,E), and v, from C = (H + 2K) E projections."""
+    heads, width = len(gain_H), x_BTD.shape[-1] // len(gain_H)
+    qkv = F.linear(x_BTD, w_CD).unflatten(-1, (-1, width))
+    kv_heads = (qkv.shape[2] - heads) // 2
+    q, k, v = qkv.split((heads, kv_heads, kv_heads), 2)
+    # Expanded first, so that backward sums over E within the norm's kernel.
+    gain_BTH = gain_H.expand(q.shape[:3])
+    return (apply_rotary(rms_norm(q), rotary) * gain_BTH[..., None],
+            apply_rotary(rms_norm(k), rotary), v)
+
 def exclude_self(y_BTHE: Tensor, v_BTKE: Tensor) -> Tensor:
     """XSA: subtracts from each head's output its projection on the token's own value, so that the
     head spends itself on the context (pg#287)."""
@@ -687,25 +730,22 @@ def smear(x_BTD: Tensor, gate_D: Tensor, inputs_BT: Tensor) -> Tensor:
 
 class GPT(nn.Module):
     """Decoder of L blocks with U-Net skips.  Parameters are banks, named in parameter_shapes."""
-    def __init__(self, h: Hyperparameters, weights: Mapping[str, Tensor], attend: Attend):
+    def __init__(self, h: Hyperparameters, weights: Mapping[str, Tensor], kernels: Kernels):
         super().__init__()
-        self.h, self.attend = h, attend
+        self.h, self.kernels = h, kernels
         for name in parameter_shapes(h):
             self.register_parameter(name, nn.Parameter(weights[name].clone()))
-
     if TYPE_CHECKING:  # nn.Module declares attributes as Tensor or Module; ours are parameters
         def __getattr__(self, name: str) -> Any: ...
-
-    def forward(self, inputs_BT: Tensor, targets_BT: Tensor, scored: int = 0) -> Tensor:
-        """float32 loss of each target in nats, (B, T); with `scored`, of the last ones only."""
-        x = self.final_hidden(inputs_BT)
-        if scored:
-            x, targets_BT = x[:, -scored:], targets_BT[:, -scored:]
-        logits = F.linear(rms_norm(x), self.tok_emb).float()
+    def forward(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        """float32 loss of each target in nats, (B, T)."""
+        return self.losses(self.final_hidden(inputs_BT), targets_BT)
+    def losses(self, x_BTD: Tensor, targets_BT: Tensor) -> Tensor:
+        """The same from the final hidden states, of which the tied head makes logits."""
+        logits = F.linear(rms_norm(x_BTD), self.tok_emb).float()
         logits = self.h.logit_softcap * torch.tanh(logits / self.h.logit_softcap)
         losses = F.cross_entropy(logits.flatten(0, 1), targets_BT.flatten(), reduction="none")
         return losses.view(targets_BT.shape)
-
     def final_hidden(self, inputs_BT: Tensor) -> Tensor:
         """Residual stream after the last block, (B, T, D)."""
         h, layers = self.h, self.h.num_layers
@@ -713,8 +753,12 @@ class GPT(nn.Module):
         # Projecting the table before the look-up is the same value at V/(B*T) of the work.
         ve = F.embedding(inputs_BT, F.linear(self.ve_emb, self.ve_proj[0]))
         rotary = rotary_table(x.shape[1], h.rope_dims, h.rope_base, x.device)
-        # unbind, unlike indexing, gives one backward kernel a bank
-        qo, kv, mlp = self.qo_bank.unbind(0), self.kv_bank.unbind(0), self.mlp_bank.unbind(0)
+        (w_q, w_o), (up, down) = self.qo_bank.chunk(2), self.mlp_bank.chunk(2)
+        # Output scales are folded into the matrices: exact, and no pass over B*T*D.  unbind,
+        # unlike indexing, gives one backward kernel a bank.
+        qkv = torch.cat((w_q, *self.kv_bank.chunk(2)), 1).unbind(0)
+        out = (w_o * self.attn_scale[:, :, None]).unbind(0)
+        up, down = up.unbind(0), (down * self.mlp_scale[:, None]).unbind(0)
         x0, skips = x, [x][:0]  # no skips yet
         for i in range(layers):
             if i >= layers - layers // 2:  # decoder half, mirrors the encoder half
@@ -722,41 +766,23 @@ class GPT(nn.Module):
             x = self.resid_mix[i, 0] * x + self.resid_mix[i, 1] * x0
             ve_index = i - (layers - h.ve_layers)
             added = self.ve_scale[ve_index] * ve if ve_index >= 0 else None
-            weights = qo[i], kv[i], kv[layers + i], self.q_gain[i]
-            y = self.attention(rms_norm(x) * (i + 1) ** -0.5, weights, added, rotary,
-                               xsa=i >= layers - h.xsa_layers)
-            # The output scales are folded into the matrices: exact, and no pass over B*T*D.
-            x = x + F.linear(y, self.attn_scale[i][:, None] * qo[layers + i])
-            up = F.linear(rms_norm(x) * (i + 1) ** -0.5, mlp[i])
-            x = x + F.relu(up).square() @ (mlp[layers + i] * self.mlp_scale[i])
+            q, k, v = project_heads(rms_norm(x) * (i + 1) ** -0.5, qkv[i], self.q_gain[i], rotary)
+            v = v if added is None else v + added.view(v.shape)
+            y = self.kernels.attend(q, k, v)
+            if i >= layers - h.xsa_layers:
+                y = exclude_self(y, v)
+            x = x + F.linear(y.flatten(2), out[i])
+            x = x + self.kernels.mlp(rms_norm(x) * (i + 1) ** -0.5, up[i], down[i])
             if i < layers // 2:
                 skips.append(x)
         return x
 
-    def attention(self, x_BTD: Tensor, weights: tuple[Tensor, Tensor, Tensor, Tensor],
-                  added_BTC: Tensor | None, rotary: Tensor, *, xsa: bool) -> Tensor:
-        """Heads' outputs before the output projection, (B, T, D)."""
-        w_q, w_k, w_v, gain_H = weights
-        B, T, _ = x_BTD.shape
-        q = F.linear(x_BTD, w_q).view(B, T, -1, self.h.head_dim)
-        k = F.linear(x_BTD, w_k).view(B, T, -1, self.h.head_dim)
-        v = F.linear(x_BTD, w_v)
-        v = (v if added_BTC is None else v + added_BTC).view(B, T, -1, self.h.head_dim)
-        q = apply_rotary(rms_norm(q), rotary) * gain_H[:, None]
-        k = apply_rotary(rms_norm(k), rotary)
-        y = self.attend(q, k, v)
-        if xsa:
-            y = exclude_self(y, v)
-        return y.reshape(B, T, -1)
-
 # ---- 8. Optimizer and schedules -----------------------------------------------------------------
-
 MATRICES = ("qo_bank", "kv_bank", "mlp_bank", "ve_proj")  # Muon
 TABLES = ("tok_emb", "ve_emb")  # AdamW at embed_lr
 VECTORS = ("smear_gate", "resid_mix", "attn_scale", "mlp_scale", "q_gain", "skip_weight",
            "ve_scale")  # AdamW at scalar_lr
-# torch 2.13 renames both and warns of the old names
-all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # since 2.13
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 def progress_of(h: Hyperparameters, step: int, elapsed: float) -> float:
@@ -780,9 +806,10 @@ def newton_schulz(g_NRC: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
     a, b, c = 3.4445, -4.7750, 2.0315
     x = g_NRC.mT if g_NRC.shape[-2] > g_NRC.shape[-1] else g_NRC
     x = (x / (x.square().sum((-2, -1), keepdim=True).sqrt() + 1e-7)).to(dtype)
+    identity = torch.eye(x.shape[-2], dtype=dtype, device=x.device)
     for _ in range(steps):
         gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        x = (a * identity + b * gram + c * (gram @ gram)) @ x  # baddbmm would copy its addend
     return x.mT if g_NRC.shape[-2] > g_NRC.shape[-1] else x
 
 def muon_update(grad: Tensor, momentum: Tensor, master: Tensor, update_scale: Tensor, clip: Tensor,
@@ -810,10 +837,8 @@ class Optimizer:
 
     float32 masters live here; the model holds working weights, which `write_back` rounds from
     the masters: plainly, or late in the run on the export grid.  The straight-through gradient
-    of rounding is the identity, so late QAT needs nothing in the model's graph.
-
-    Every rank calls `step` with the sum over its tokens of gradients already divided by the
-    global token count; gradients are summed over ranks here, and no other wrapper is needed."""
+    of rounding is the identity, so late QAT needs nothing in the model's graph.  Gradients are
+    summed over ranks here, and no other wrapper is needed."""
     def __init__(self, model: GPT, h: Hyperparameters, runtime: Runtime):
         self.model, self.h, self.runtime, self.grids = model, h, runtime, export_grids(h)
         parameters = dict(model.named_parameters())
@@ -839,7 +864,6 @@ class Optimizer:
             fused=runtime.device.type == "cuda")
         self.muon_update = runtime.compile(muon_update)
         self.qat_step: Tensor | None = None  # 0-d step of the export grid; None: no rounding
-
     def _bank(self, name: str, parameter: nn.Parameter) -> Bank:
         world, device = self.runtime.world_size, self.runtime.device
         count, rows, columns = parameter.shape
@@ -858,12 +882,10 @@ class Optimizer:
                               for t in (scale, qmax, ratio))
         master = padded[mine].float().clone()  # float() alone would alias float32 weights
         return Bank(name, parameter, padded, master, torch.zeros_like(master), scale, qmax, ratio)
-
     @torch.no_grad()
     def step(self, loss: Tensor, lr: float, momentum: float, gradients: list[Tensor]) -> Tensor:
         """One update.  `lr` scales every group's own; returns the loss summed over ranks (0-d).
-
-        Gradients come in the order of `model.parameters()`, summed over this rank's tokens."""
+        Gradients are this rank's share of the global mean's, in `model.parameters()` order."""
         by_name = dict(zip(self.names, gradients, strict=True))
         shards, pending = self._reduce_scatter(by_name)
         torch._foreach_copy_(self.small_gradients, [by_name[name] for name in self.small])
@@ -871,8 +893,8 @@ class Optimizer:
         self.runtime.sum(self.flat)
         for work in pending:
             work.wait()
-        squares = torch.stack([s.float().square().sum() for s in shards]).sum()
-        squares = self.runtime.sum(squares) + self.flat[:-1].square().sum()
+        norms = torch.stack(torch._foreach_norm(shards, 2, torch.float32))
+        squares = self.runtime.sum(norms.square().sum()) + self.flat[:-1].square().sum()
         clip = ((self.h.grad_clip_norm or math.inf) / (squares.sqrt() + 1e-6)).clamp(max=1.0)
         # Numbers that change enter compiled code as 0-d tensors, never as Python floats.
         numbers = [torch.tensor(x) for x in (lr * self.h.matrix_lr, momentum, self.h.weight_decay)]
@@ -885,7 +907,6 @@ class Optimizer:
         self.adamw.step()
         self.write_back()
         return self.flat[-1].clone()
-
     def _reduce_scatter(self, gradients: Mapping[str, Tensor]) -> tuple[list[Tensor], list[Any]]:
         """This rank's matrices of each bank, summed over ranks once the returned work is done."""
         if self.runtime.world_size == 1:
@@ -897,7 +918,6 @@ class Optimizer:
             shards.append(torch.empty_like(bank.master, dtype=whole.dtype))
             pending.append(reduce_scatter(shards[-1], whole, async_op=True))
         return shards, pending
-
     @torch.no_grad()
     def write_back(self) -> None:
         """Working weights from the masters, on the export grid if late QAT is on."""
@@ -911,22 +931,19 @@ class Optimizer:
             else:
                 new = new.to(bank.padded.dtype)
                 pending.append(all_gather(bank.padded, new, async_op=True))
-        torch._foreach_copy_(list(self.small.values()), [self._rounded(n) for n in self.small])
+        new_small = dict(self.small_masters)
+        if self.qat_step is not None:
+            for name in self.grids.keys() & new_small.keys():
+                grid = self.grids[name].tensors(new_small[name])
+                new_small[name] = fake_quantize(new_small[name][None], self.qat_step, *grid)[0]
+        torch._foreach_copy_(list(self.small.values()), list(new_small.values()))
         for work in pending:
             work.wait()
-
-    def _rounded(self, name: str) -> Tensor:
-        master = self.small_masters[name]
-        if self.qat_step is None or name not in self.grids:
-            return master
-        return fake_quantize(master[None], self.qat_step, *self.grids[name].tensors(master))[0]
-
     def start_qat(self, weight_bytes: float) -> float:
         """Turns late QAT on, on the grid whose entropy fills `weight_bytes`; returns its step."""
         tables = [(m[None], *self.grids[name].tensors(m))
                   for name, m in self.small_masters.items() if name in self.grids]
         banks = [(bank.master, bank.qmax, bank.ratio) for bank in self.banks]
-
         def size_of(step: float) -> float:
             box = torch.tensor(step, device=self.runtime.device)
             shared, own = (sum(entropy_bits(quantize(m, box, *grid)[0]) for m, *grid in group)
@@ -935,11 +952,9 @@ class Optimizer:
         step = self.runtime.agree_on(fit_step(size_of, weight_bytes))
         self.qat_step = torch.tensor(step, device=self.runtime.device)
         return step
-
     def masters(self) -> dict[str, Tensor]:
         """This rank's float32 masters by parameter name; of a bank, its slice."""
         return {bank.name: bank.master for bank in self.banks} | self.small_masters
-
     def gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Whole parameters from tensors laid out like `masters()`."""
         whole = {name: tensors[name].clone() for name in self.small_masters}
@@ -950,14 +965,12 @@ class Optimizer:
                 all_gather(parts, tensors[bank.name])
             whole[bank.name] = parts[: bank.parameter.shape[0]]
         return {name: whole[name] for name in self.names}
-
     def snapshot(self) -> Callable[[], None]:
         """Copies all state of model and optimizer; the returned function puts it back."""
         tensors = [*self.model.parameters(), *self.small_masters.values()]
         tensors += [t for bank in self.banks for t in (bank.padded, bank.master, bank.momentum)]
         saved = [t.detach().clone() for t in tensors]
         adamw, qat_step = copy.deepcopy(self.adamw.state_dict()), self.qat_step
-
         @torch.no_grad()
         def restore() -> None:
             torch._foreach_copy_(tensors, saved)
@@ -966,15 +979,12 @@ class Optimizer:
         return restore
 
 # ---- 9. Weight averaging ------------------------------------------------------------------------
-
 class RunningMean:
-    """Tight SWA: the float32 mean of the masters over the end of the warm-down, on the device.
-
-    Uniform over every step while the lr scale is below the threshold; costs one pass."""
+    """Tight SWA: the float32 mean of the masters, uniform over all steps while the lr scale is
+    below the threshold; on the device, one pass a step."""
     def __init__(self, tensors: Mapping[str, Tensor]):
         self.mean = {name: t.detach().clone() for name, t in tensors.items()}
         self.count = 0
-
     @torch.no_grad()
     def update(self, tensors: Mapping[str, Tensor]) -> None:
         self.count += 1
@@ -982,7 +992,6 @@ class RunningMean:
         torch._foreach_lerp_(list(self.mean.values()), new, 1.0 / self.count)
 
 # ---- 10. Pack, unpack: float weights <-> artifact -----------------------------------------------
-#
 # Bytes: 8 magic, 4 version, 32 SHA-256 of all that follows, 4 length of the header, the header
 # (zstd of JSON: architecture, and per tensor its name, shape, kind and the lengths of
 # its frames), then the zstd frames in the header's order.  A rounded tensor has a frame of row
@@ -1006,10 +1015,8 @@ def pack(state: Mapping[str, Tensor], h: Hyperparameters, step: float) -> bytes:
                for name, w in state.items()}
     for name, codes, scales in rounded(state, h, step):
         streams[name] = [part.tobytes() for part in (scales.cpu().numpy(), *codes.cpu().numpy())]
-
     def compress(stream: bytes) -> bytes:
         return zstandard.ZstdCompressor(level=h.zstd_level).compress(stream)
-
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         frames = {name: list(pool.map(compress, parts)) for name, parts in streams.items()}
     header = {
@@ -1057,14 +1064,11 @@ def read_tensor(shape: list[int], kind: str, streams: list[bytes]) -> Tensor:
 
 def pack_to_budget(state: Mapping[str, Tensor], h: Hyperparameters, budget: int,
                    log: Callable[[str], None]) -> bytes:
-    """The finest artifact of fewer than `budget` bytes, by at most twelve packings.
-
-    Entropy predicts the size, each packing calibrates the prediction, and each that is too large
-    doubles the margin.  Raises RunError if the weights are not finite or nothing fits."""
-
+    """The finest artifact of fewer than `budget` bytes, by at most twelve packings: the entropy
+    predicts the size, each packing calibrates the prediction, and each that is too large doubles
+    the margin.  Raises RunError if the weights are not finite or nothing fits."""
     def coded_bytes(step: float) -> float:
         return sum(entropy_bits(codes) for _, codes, _ in rounded(state, h, step)) / 8
-
     for name, w in state.items():
         if not torch.isfinite(w).all() or (name not in export_grids(h) and w.abs().max() > 65504):
             raise RunError(f"export: {name} is not finite in its format; set lower learning rates")
@@ -1086,7 +1090,6 @@ def pack_to_budget(state: Mapping[str, Tensor], h: Hyperparameters, budget: int,
     return best
 
 # ---- 11. Evaluation -----------------------------------------------------------------------------
-
 @dataclass(frozen=True)
 class Score:
     """Sum over a split: nats, tokens scored, UTF-8 bytes they stand for, seconds taken."""
@@ -1094,24 +1097,16 @@ class Score:
     tokens: int
     text_bytes: int
     seconds: float
-
-    @property
-    def loss(self) -> float:
-        return self.nats / self.tokens
-
-    @property
-    def bpb(self) -> float:
-        return self.nats / math.log(2) / self.text_bytes
-
+    loss = property(lambda self: self.nats / self.tokens)
+    bpb = property(lambda self: self.nats / math.log(2) / self.text_bytes)
     def __str__(self) -> str:
         return f"val_loss:{self.loss:.8f} val_bpb:{self.bpb:.8f} eval_time:{self.seconds:.1f}s"
 
 class Evaluator:
-    """Scores every token after the first exactly once, from its past only.
-
-    Plain windows do not overlap.  Sliding windows start `stride` apart; the first scores all its
-    positions, each later one its last `stride`, so every token has at least T - stride tokens of
-    context once there are so many.  Windows are dealt to ranks; sums are float64."""
+    """Scores every token after the first exactly once, from its past only.  Plain windows do not
+    overlap.  Sliding windows start `stride` apart; the first scores all its positions, each later
+    one its last `stride`, so every token has at least T - stride tokens of context once there are
+    so many.  Windows are dealt to ranks; sums are float64."""
     def __init__(self, h: Hyperparameters, runtime: Runtime, tokens: np.ndarray, table: ByteTable):
         self.h, self.runtime = h, runtime
         self.targets = len(tokens) - 1
@@ -1119,16 +1114,16 @@ class Evaluator:
             raise RunError("validation split: expected at least 2 tokens; build it again")
         self.text_bytes = table.count(tokens)
         self.tokens = torch.from_numpy(tokens.astype(np.int32)).to(runtime.device)
-        self.rows = max(1, h.val_batch_size // h.train_seq_len // runtime.world_size)
-        self.losses = runtime.compile(GPT.forward)
-
+        batch = min(h.val_batch_size // runtime.world_size, h.micro_batch_tokens)
+        self.rows = max(1, batch // h.train_seq_len)
+        # Apart, so that plain and sliding windows share the graph of the blocks.
+        self.hidden, self.losses = runtime.compile(GPT.final_hidden), runtime.compile(GPT.losses)
     def starts(self, stride: int) -> tuple[range, range]:
         """First tokens of the windows scored whole, and of those scored by their last stride."""
         seq_len = self.h.train_seq_len
         if stride in (0, seq_len):
             return range(0, self.targets, seq_len), range(0)
         return range(1), range(stride, max(self.targets - seq_len + stride, stride), stride)
-
     @torch.no_grad()
     def score(self, model: GPT, stride: int = 0) -> Score:
         """Plain (stride 0) or sliding windows over the whole split."""
@@ -1138,7 +1133,6 @@ class Evaluator:
         nats, tokens = self.runtime.sum(sums).tolist()
         assert int(tokens) == self.targets, f"scored {tokens} tokens, expected {self.targets}"
         return Score(nats, self.targets, self.text_bytes, time.perf_counter() - began)
-
     def _sum(self, model: GPT, starts: range, scored: int) -> Tensor:
         """float64 (nats, tokens) of this rank's share of the windows."""
         runtime, device, seq_len = self.runtime, self.runtime.device, self.h.train_seq_len
@@ -1149,22 +1143,22 @@ class Evaluator:
             first = F.pad(first, (0, self.rows - len(first)), value=self.targets)
             position = first.to(device)[:, None] + torch.arange(seq_len + 1, device=device)
             window = self.tokens[position.clamp(max=self.targets)].long()
-            losses = self.losses(model, window[:, :-1], window[:, 1:], scored % seq_len)
+            hidden = self.hidden(model, window[:, :-1])[:, -scored:]
+            losses = self.losses(model, hidden, window[:, -scored:])
             valid = position[:, -scored:] <= self.targets
             sums[0] += torch.where(valid, losses.double(), 0.0).sum()
             sums[1] += valid.sum()
         return sums
-
     @torch.no_grad()
     def warm_up(self, model: GPT) -> None:
         """Compiles the evaluation graphs on dummy tokens."""
         window = torch.zeros(self.rows, self.h.train_seq_len + 1, dtype=torch.int64,
                              device=self.runtime.device)
-        for scored in {0, self.h.eval_stride % self.h.train_seq_len}:
-            self.losses(model, window[:, :-1], window[:, 1:], scored)
+        hidden = self.hidden(model, window[:, :-1])
+        for scored in {self.h.train_seq_len, self.h.eval_stride or self.h.train_seq_len}:
+            self.losses(model, hidden[:, -scored:], window[:, -scored:])
 
 # ---- 12. Training -------------------------------------------------------------------------------
-
 def batch_layout(h: Hyperparameters, world_size: int) -> tuple[int, int, int]:
     """(sequences a step, sequences a rank, micro-batches a rank).  Raises RunError if uneven."""
     sequences = h.train_batch_tokens // h.train_seq_len
@@ -1180,40 +1174,50 @@ def batch_layout(h: Hyperparameters, world_size: int) -> tuple[int, int, int]:
 def graph_count() -> int:  # compiled by this process so far
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
+def capture(function: Callable[[Tensor], list[Tensor]],
+            example: Tensor) -> Callable[[Tensor], list[Tensor]]:
+    """`function`, which must have run before, as a CUDA graph: one launch instead of hundreds.
+    Each call overwrites the tensors that the last one returned."""
+    held, graph = example.clone(), torch.cuda.CUDAGraph()
+    torch.cuda.empty_cache()  # the graph's activations get memory of their own
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's thread may run
+        results = function(held)
+    def replay(argument: Tensor) -> list[Tensor]:
+        held.copy_(argument)
+        graph.replay()
+        return results
+    return replay
+
 class Trainer:
     """Model, optimizer and averages, and the one `train_step` that warm-up and training share."""
-    def __init__(self, h: Hyperparameters, runtime: Runtime, attend: Attend):
+    def __init__(self, h: Hyperparameters, runtime: Runtime, kernels: Kernels):
         self.h, self.runtime = h, runtime
         weights = {name: w.to(runtime.device, runtime.dtype)
                    for name, w in initial_weights(h).items()}
-        self.model = GPT(h, weights, attend)
+        self.model = GPT(h, weights, kernels)
         self.optimizer = Optimizer(self.model, h, runtime)
         self.average = RunningMean(self.optimizer.masters())
         _, self.local, self.micro = batch_layout(h, runtime.world_size)
-        self.loss = runtime.compile(self.mean_loss)
-
-    @staticmethod
-    def mean_loss(model: GPT, tokens: Tensor, share: float) -> Tensor:
-        """Mean loss over the micro-batch (b, T+1), times its share of the global batch."""
-        return model(tokens[:, :-1], tokens[:, 1:]).mean() * share
-
+        # Mean loss over a micro-batch (b, T+1), times its share of the global batch.
+        self.loss = runtime.compile(
+            lambda model, tokens, share: model(tokens[:, :-1], tokens[:, 1:]).mean() * share)
+        self.gradients: Callable[[Tensor], list[Tensor]] = self.loss_and_gradients
+    def loss_and_gradients(self, tokens: Tensor) -> list[Tensor]:
+        """Share of the global mean loss of one micro-batch, then its gradient by parameter."""
+        loss = self.loss(self.model, tokens, 1.0 / (self.micro * self.runtime.world_size))
+        return [loss.detach(), *torch.autograd.grad(loss, list(self.model.parameters()))]
     def train_step(self, tokens: Tensor, lr: float, momentum: float) -> Tensor:
         """One optimizer step on this rank's (local, T+1) tokens; the global mean loss, 0-d."""
-        share = 1.0 / (self.micro * self.runtime.world_size)
-        parameters = list(self.model.parameters())
-        total, sums = torch.zeros((), device=tokens.device), []
+        sums: list[Tensor] = []
         for micro in tokens.chunk(self.micro):
-            loss = self.loss(self.model, micro, share)
-            gradients = list(torch.autograd.grad(loss, parameters))
-            total += loss.detach()
+            new = self.gradients(micro)
             if self.micro == 1:
-                sums = gradients
+                sums = new
             elif not sums:  # micro-batches add up in float32
-                sums = [g.float() for g in gradients]
+                sums = [g.to(torch.float32, copy=True) for g in new]
             else:
-                torch._foreach_add_(sums, gradients)
-        return self.optimizer.step(total, lr, momentum, sums)
-
+                torch._foreach_add_(sums, new)
+        return self.optimizer.step(sums[0], lr, momentum, sums[1:])
     def warm_up(self, evaluator: Evaluator) -> None:
         """Compiles and runs every graph on random tokens, then undoes it bit for bit."""
         h, device = self.h, self.runtime.device
@@ -1226,10 +1230,11 @@ class Trainer:
                 tokens = torch.randint(h.vocab_size, (self.local, h.train_seq_len + 1),
                                        generator=generator, device=device)
                 self.train_step(tokens, 1.0, h.muon_momentum)
+                if step == 0 and device.type == "cuda":
+                    self.gradients = capture(self.gradients, tokens.chunk(self.micro)[0])
             evaluator.warm_up(self.model)
         restore()
         self.average = RunningMean(self.optimizer.masters())
-
     def weight_bytes(self) -> float:
         """Bytes left for codes: the cap less code, float tensors and zstd's 1 % over entropy."""
         floats = sum(2 * p.numel() for name, p in self.model.named_parameters()
@@ -1243,7 +1248,6 @@ class StepQueue:
         self.h, self.log, self.watch, self.last_loss = h, log, watch, math.nan
         self.flights = collections.deque[tuple[int, Tensor, Any]]()  # step, host loss, end event
         self.ends = collections.deque[float](maxlen=17)  # clock at the latest ends
-
     def push(self, step: int, loss: Tensor) -> None:
         done = None
         if loss.device.type == "cuda":
@@ -1252,7 +1256,6 @@ class StepQueue:
             done.record()
         self.flights.append((step, loss, done))
         self.land(in_flight=2 if done else 0)
-
     def land(self, in_flight: int = 0) -> None:
         """Waits until at most so many steps are queued; RunError if a loss is not finite."""
         while len(self.flights) > in_flight:
@@ -1268,7 +1271,6 @@ class StepQueue:
             if step <= 10 or step % self.h.train_log_every == 0:
                 self.log(f"step:{step}/{self.h.iterations} train_loss:{loss:.4f} "
                          f"train_time:{now * 1e3:.0f}ms step_avg:{now * 1e3 / step:.2f}ms")
-
     def projected(self, more: int) -> float:
         """Clock at which the device will have finished what is queued and `more` steps."""
         recent = (self.ends[-1] - self.ends[0]) / (len(self.ends) - 1) if len(self.ends) > 1 else 0
@@ -1328,14 +1330,13 @@ def train(h: Hyperparameters, runtime: Runtime, log: RunLog, evaluator: Evaluato
     return {"trained": trained, "averaged": averaged}, facts
 
 # ---- 13. Report and main ------------------------------------------------------------------------
-
 def environment_facts(runtime: Runtime) -> dict[str, Any]:
     """Versions and hardware, for the log and the submission."""
     cuda = runtime.device.type == "cuda"
     hardware = torch.cuda.get_device_name() if cuda else f"{os.cpu_count()}-core CPU"
     modules = {m.__name__: m.__version__ for m in (torch, np, zstandard, sentencepiece)}
     return {"hardware": f"{runtime.world_size} x {hardware}" if cuda else hardware,
-            "python": platform.python_version(), **modules, "cuda": torch.version.cuda,
+            "python": sys.version.split()[0], **modules, "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version() if cuda else None}
 
 def dataset_label(h: Hyperparameters, targets: int) -> str:
@@ -1350,29 +1351,27 @@ def submission(h: Hyperparameters, hardware: str, scores: Mapping[str, Score],
     """The content of submission.json; `size` is the artifact's, without the code."""
     plain, headline = scores["packed"], scores.get("sliding", scores["packed"])
     code = SOURCE.stat().st_size
-    seed_result = {
-        "val_loss": headline.loss, "val_bpb": headline.bpb, "val_bpb_roundtrip": plain.bpb,
-        "artifact_bytes": code + size, "steps": facts.get("step_stop"),
-        "step_avg_ms": facts.get("step_avg_ms")}
-    stages = {f"{stage}_val_bpb": score.bpb for stage, score in scores.items()
-              if stage in ("trained", "averaged")}
+    result = {"val_loss": headline.loss, "val_bpb": headline.bpb, "val_bpb_roundtrip": plain.bpb}
+    seed_result = {**result, "artifact_bytes": code + size, "steps": facts.get("step_stop"),
+                   "step_avg_ms": facts.get("step_avg_ms")}
+    stages = {f"{stage}_val_bpb": scores[stage].bpb for stage in ("trained", "averaged")
+              if stage in scores}
     return {
         "author": h.author, "github_id": h.github_id, "name": h.run_id,
         "blurb": f"{h.num_layers}L x {h.model_dim}, XSA, VE, SmearGate, Muon, SWA, late QAT, int6",
-        "date": datetime.date.today().isoformat(), "track": "10min_16mb",
+        "date": time.strftime("%Y-%m-%d"), "track": "10min_16mb",
         "dataset": dataset_label(h, plain.tokens), "hardware": hardware,
         "pytorch_version": torch.__version__, "model_params": h.parameters(),
-        "val_loss": headline.loss, "val_bpb": headline.bpb, "val_bpb_roundtrip": plain.bpb,
-        **stages, "eval_stride": h.eval_stride, "val_tokens": plain.tokens,
+        **result, **stages, "eval_stride": h.eval_stride, "val_tokens": plain.tokens,
         "bytes_total": code + size, "bytes_code": code, "bytes_model_int6_zstd": size, **facts,
         "eval_time_seconds": round(sum(s.seconds for s in scores.values()), 3),
         "seeds": [h.seed], "seed_results": {str(h.seed): seed_result}}
 
 def load_model(h: Hyperparameters, runtime: Runtime, state: Mapping[str, Tensor],
-               attend: Attend) -> GPT:
+               kernels: Kernels) -> GPT:
     """A fresh model with the given float32 weights as working weights."""
     weights = {name: w.to(runtime.device, runtime.dtype) for name, w in state.items()}
-    return GPT(h, weights, attend)
+    return GPT(h, weights, kernels)
 
 def checked_state(h: Hyperparameters, architecture: Mapping[str, Any], where: str) -> None:
     """Raises RunError if an artifact or checkpoint is of another architecture than `h`."""
@@ -1405,7 +1404,7 @@ def pack_and_save(h: Hyperparameters, runtime: Runtime, log: RunLog,
         raise RunError(fault)
 
 def obtain_weights(h: Hyperparameters, runtime: Runtime, log: RunLog, evaluator: Evaluator,
-                   attend: Attend) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+                   kernels: Kernels) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """Float weights by stage, from training or from RESUME_FROM, and the facts of training."""
     if h.resume_from:
         content = io.BytesIO(read_file(h.resume_from, "RESUME_FROM", runtime))
@@ -1418,7 +1417,7 @@ def obtain_weights(h: Hyperparameters, runtime: Runtime, log: RunLog, evaluator:
         return stages, facts
     plan = BatchPlan(open_split(h.data_path, "train"), h.train_seq_len,
                      h.train_batch_tokens // h.train_seq_len, h.seed)
-    stages, facts = train(h, runtime, log, evaluator, Trainer(h, runtime, attend), plan)
+    stages, facts = train(h, runtime, log, evaluator, Trainer(h, runtime, kernels), plan)
     if runtime.rank == 0:
         content = io.BytesIO()
         torch.save({"architecture": {n: getattr(h, n) for n in ARCHITECTURE}, "facts": facts,
@@ -1450,20 +1449,20 @@ def run(h: Hyperparameters, runtime: Runtime) -> None:
     log(json.dumps(environment))
     log(f"dataset:{label} val_tokens:{evaluator.targets} val_bytes:{evaluator.text_bytes} "
         f"model_params:{h.parameters()} world_size:{runtime.world_size} seed:{h.seed}")
-    attend = choose_attention(h, runtime, log)
+    kernels = choose_kernels(h, runtime, log)
     scores: dict[str, Score] = {}
     facts: dict[str, Any] = {}
     artifact = Path(h.eval_only or out / "final_model.ptz")
     if not h.eval_only:
-        stages, facts = obtain_weights(h, runtime, log, evaluator, attend)
+        stages, facts = obtain_weights(h, runtime, log, evaluator, kernels)
         for stage, state in stages.items():
-            scores[stage] = evaluator.score(load_model(h, runtime, state, attend))
+            scores[stage] = evaluator.score(load_model(h, runtime, state, kernels))
             log(f"stage:{stage} {scores[stage]}")
         pack_and_save(h, runtime, log, stages["averaged"], artifact)
     content = read_file(artifact, "EVAL_ONLY", runtime)
     architecture, state = unpack(content, str(artifact))
     checked_state(h, architecture, str(artifact))
-    model = load_model(h, runtime, state, attend)
+    model = load_model(h, runtime, state, kernels)
     scores["packed"] = evaluator.score(model)
     log(f"final_int6_zstd_roundtrip_exact {scores['packed']}")
     if h.eval_stride:
@@ -1473,7 +1472,7 @@ def run(h: Hyperparameters, runtime: Runtime) -> None:
     if runtime.rank == 0 and not h.eval_only:
         write_atomic(out / "submission.json", (json.dumps(report, indent=2) + "\n").encode())
     if runtime.device.type == "cuda":
-        log(f"peak_memory:{torch.cuda.max_memory_allocated() / 2**30:.2f}GiB")
+        log(f"peak_memory:{torch.cuda.max_memory_reserved() / 2**30:.2f}GiB")
     log(f"val_bpb:{report['val_bpb']:.8f} dataset:{label} bytes_total:{report['bytes_total']} "
         f"(code {report['bytes_code']} + model {len(content)}, cap {h.artifact_bytes})")
 

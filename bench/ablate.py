@@ -35,13 +35,13 @@ def run_variant(argument: str) -> str:
     tokens = np.concatenate(tg.open_split(h.data_path, "val"))
     table = tg.load_byte_table(h.tokenizer_path, h.vocab_size)
     evaluator = tg.Evaluator(h, runtime, tokens, table)
-    attend = choose_once(h, runtime, log)
-    stages, facts = tg.obtain_weights(h, runtime, log, evaluator, attend)
-    scores = {stage: evaluator.score(tg.load_model(h, runtime, state, attend)).bpb
+    kernels = choose_once(h, runtime, log)
+    stages, facts = tg.obtain_weights(h, runtime, log, evaluator, kernels)
+    scores = {stage: evaluator.score(tg.load_model(h, runtime, state, kernels)).bpb
               for stage, state in stages.items()}
     budget = h.artifact_bytes - tg.SOURCE.stat().st_size
     artifact = tg.pack_to_budget(stages["averaged"], h, budget, log)
-    model = tg.load_model(h, runtime, tg.unpack(artifact)[1], attend)
+    model = tg.load_model(h, runtime, tg.unpack(artifact)[1], kernels)
     packed = evaluator.score(model).bpb
     sliding = evaluator.score(model, h.eval_stride).bpb if h.eval_stride else float("nan")
     size = len(artifact) + tg.SOURCE.stat().st_size
@@ -50,13 +50,13 @@ def run_variant(argument: str) -> str:
             f"{h.seed} |")
 
 
-_chosen: list[tg.Attend] = []
+_chosen: list[tg.Kernels] = []
 
 
-def choose_once(h: tg.Hyperparameters, runtime: tg.Runtime, log: tg.RunLog) -> tg.Attend:
-    """One kernel for all variants, or their graphs could not be shared."""
+def choose_once(h: tg.Hyperparameters, runtime: tg.Runtime, log: tg.RunLog) -> tg.Kernels:
+    """The same kernels for all variants, or their graphs could not be shared."""
     if not _chosen:
-        _chosen.append(tg.choose_attention(h, runtime, log))
+        _chosen.append(tg.choose_kernels(h, runtime, log))
     return _chosen[0]
 
 

@@ -3,8 +3,10 @@
     python bench/step_time.py [OUT.json]          # about a minute on one H100, warm cache
 
 Shape: one rank's share of the submitted run, 48 x 2048 tokens a step; environment variables
-override hyperparameters as they do for train_gpt.py.  Phases are CUDA-event medians; `host gap`
-is the step's time on a synchronised clock less the time in which some kernel ran.
+override hyperparameters as they do for train_gpt.py.  Forward and forward + backward are CUDA-event
+medians, launched kernel by kernel and as the CUDA graph that training replays; `step` is the wall
+clock of 20 steps in a row; the optimizer's time is the step's less the graph's; `host gap` is the
+step's time less the time in which some kernel ran.
 """
 from __future__ import annotations
 
@@ -23,10 +25,12 @@ import train_gpt as tg
 
 # Group -> substrings of kernel names, first match wins.  Roofline in ms at 98,304 tokens, from
 # the arithmetic of the model at 800 TFLOP/s dense bf16 and 3.0 TB/s.
+TRAIN_GFLOP = 0.231  # per token: 6 for each of 25.0M weights in products, 0.081 attention
 GROUPS: dict[str, tuple[tuple[str, ...], float]] = {
     "attention": (("flash", "cudnn", "sdpa", "fmha"), 9.9),
-    "matrix products": (("gemm", "nvjet", "cutlass", "cublas", "xmma", "splitk", "mm_"), 18.6),
-    "elementwise and norms": (("triton", "elementwise", "reduce", "cat", "vectorized"), 13.7),
+    "fused products and heads": (("relu2", "heads_"), 7.0),
+    "matrix products": (("gemm", "nvjet", "cutlass", "cublas", "xmma", "splitk", "mm_"), 14.7),
+    "elementwise and norms": (("triton", "elementwise", "reduce", "cat", "vectorized"), 10.9),
     "memory": (("memcpy", "memset", "copy"), 0.3),
     "other": (("",), 0.0),
 }
@@ -44,6 +48,18 @@ def median_ms(function, repeats: int = 20) -> float:
         if i >= 3:
             times.append(start.elapsed_time(end))
     return statistics.median(times)
+
+
+def wall_ms(function, repeats: int = 20) -> float:
+    """Wall-clock milliseconds per call, `repeats` in a row, after three warm calls."""
+    for _ in range(3):
+        function()
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(repeats):
+        function()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - began) / repeats * 1e3
 
 
 def kernel_times(function, steps: int = 3) -> dict[str, float]:
@@ -68,45 +84,39 @@ def measure() -> dict:
     h = tg.Hyperparameters.from_env(overrides)
     runtime = tg.Runtime.start(h, {})
     log = tg.RunLog(Path("/dev/null"))
-    trainer = tg.Trainer(h, runtime, tg.choose_attention(h, runtime, log))
+    trainer = tg.Trainer(h, runtime, tg.choose_kernels(h, runtime, log))
     tokens = torch.randint(h.vocab_size, (trainer.local, h.train_seq_len + 1), device="cuda")
     parameters = list(trainer.model.parameters())
-
-    began = time.perf_counter()
-    trainer.train_step(tokens, 1.0, 0.95)
-    torch.cuda.synchronize()
-    compile_seconds = time.perf_counter() - began
 
     def forward():
         return trainer.loss(trainer.model, tokens, 1.0)
 
-    gradients = list(torch.autograd.grad(forward(), parameters))
-    step = lambda: trainer.train_step(tokens, 1.0, 0.95)  # noqa: E731
+    def step():
+        return trainer.train_step(tokens, 1.0, 0.95)
+
+    began = time.perf_counter()
+    step()
+    torch.cuda.synchronize()
     result = {
         "device": torch.cuda.get_device_name(), "torch": torch.__version__,
-        "tokens": tokens[:, 1:].numel(), "compile_seconds": compile_seconds,
+        "tokens": tokens[:, 1:].numel(), "compile_seconds": time.perf_counter() - began,
         "forward": median_ms(forward),
         "forward_backward": median_ms(lambda: torch.autograd.grad(forward(), parameters)),
-        "optimizer": median_ms(
-            lambda: trainer.optimizer.step(tokens.new_zeros(()), 1.0, 0.95, gradients)),
-        "step": median_ms(step),
     }
+    with torch.no_grad():
+        losses = runtime.compile(tg.GPT.forward)
+        result["eval_forward"] = median_ms(
+            lambda: losses(trainer.model, tokens[:, :-1], tokens[:, 1:]))
+    trainer.gradients = tg.capture(trainer.gradients, tokens)
+    result["graph"] = median_ms(lambda: trainer.gradients(tokens))
+    result["step"] = wall_ms(step)
     trainer.optimizer.start_qat(trainer.weight_bytes())
-    step()
-    result["step_with_qat"] = median_ms(step)
+    result["step_with_qat"] = wall_ms(step)
     trainer.optimizer.qat_step = None
-    torch.cuda.synchronize()
-    began = time.perf_counter()
-    for _ in range(20):
-        step()
-    host_done = time.perf_counter() - began
-    torch.cuda.synchronize()
-    result["step_wall"] = (time.perf_counter() - began) / 20 * 1e3
-    result["host_issue"] = host_done / 20 * 1e3
     kernels = kernel_times(step)
     result["kernels"] = dict(sorted(kernels.items(), key=lambda item: -item[1]))
     result["busy"] = sum(kernels.values())
-    result["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    result["peak_memory_gib"] = torch.cuda.max_memory_reserved() / 2**30
     return result
 
 
@@ -115,14 +125,15 @@ def table(result: dict) -> str:
     backward = result["forward_backward"] - result["forward"]
     lines = [f"{result['device']}, torch {result['torch']}, {result['tokens']} tokens a step"]
     for name, ms in (("forward", result["forward"]), ("backward", backward),
-                     ("optimizer", result["optimizer"]), ("step (events)", result["step"]),
-                     ("step with late QAT", result["step_with_qat"]),
-                     ("step (wall)", result["step_wall"]),
-                     ("host gap", result["step_wall"] - result["busy"]),
-                     ("host issue", result["host_issue"])):
-        lines.append(f"{name:24s}{ms:8.2f} ms")
-    tokens_a_second = result["tokens"] / result["step_wall"] * 1e3
-    lines.append(f"{tokens_a_second / 1e6:.3f}M tokens/s, first step (compilation) "
+                     ("forward + backward, graph", result["graph"]),
+                     ("optimizer", result["step"] - result["graph"]),
+                     ("step", result["step"]), ("step with late QAT", result["step_with_qat"]),
+                     ("host gap", result["step"] - result["busy"]),
+                     ("evaluation forward", result["eval_forward"])):
+        lines.append(f"{name:26s}{ms:8.2f} ms")
+    rate, scored = (result["tokens"] / result[n] / 1e3 for n in ("step", "eval_forward"))
+    lines.append(f"training {rate:.3f}M tokens/s, {TRAIN_GFLOP * rate * 1e3:.0f} TFLOP/s; "
+                 f"evaluation {scored:.2f}M tokens/s; first step (compilation) "
                  f"{result['compile_seconds']:.1f} s, peak {result['peak_memory_gib']:.1f} GiB")
     sums = dict.fromkeys(GROUPS, 0.0)
     for kernel, ms in result["kernels"].items():

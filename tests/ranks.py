@@ -27,7 +27,7 @@ def tokens_of(step: int, vocab_size: int) -> torch.Tensor:
 def record(runtime: train_gpt.Runtime) -> dict[str, Any]:
     """Losses of all steps and the whole tensors that they leave."""
     h = tiny(**LAYOUT)
-    trainer = train_gpt.Trainer(h, runtime, train_gpt.sdpa())
+    trainer = train_gpt.Trainer(h, runtime, train_gpt.Kernels())
     optimizer = trainer.optimizer
     mine = slice(runtime.rank * trainer.local, (runtime.rank + 1) * trainer.local)
     losses = []

@@ -94,18 +94,21 @@ def spied_score(
     """The score, and what the model returned for it; `places` replaces the model by a stand-in
     for tokens 0, 1, 2 ... whose loss at a place that is no continuation of its past is NaN."""
     calls: Calls = []
-    real = train_gpt.GPT.forward
+    real_hidden, real_losses = train_gpt.GPT.final_hidden, train_gpt.GPT.losses
 
-    def forward(gpt: train_gpt.GPT, inputs: Tensor, targets: Tensor, scored: int = 0) -> Tensor:
-        assert inputs.shape == targets.shape == (inputs.shape[0], T)
-        assert torch.equal(inputs[:, 1:], targets[:, :-1])
-        losses = place_losses(inputs, targets) if places else real(gpt, inputs, targets)
-        losses, targets = losses[:, -scored:], targets[:, -scored:]  # -0: all of them
-        calls.append((targets.clone(), losses.clone()))
-        return losses
+    def hidden(gpt: train_gpt.GPT, inputs: Tensor) -> Tensor:
+        assert inputs.shape == (inputs.shape[0], T)
+        return inputs[:, :, None] if places else real_hidden(gpt, inputs)
+
+    def losses(gpt: train_gpt.GPT, x: Tensor, targets: Tensor) -> Tensor:
+        assert x.shape[:2] == targets.shape
+        nats = place_losses(x[:, :, 0], targets) if places else real_losses(gpt, x, targets)
+        calls.append((targets.clone(), nats.clone()))
+        return nats
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_gpt.GPT, "forward", forward)
+        patch.setattr(train_gpt.GPT, "final_hidden", hidden)
+        patch.setattr(train_gpt.GPT, "losses", losses)
         return evaluator(tokens).score(model(), stride), calls
 
 
@@ -326,11 +329,14 @@ def test_a_split_with_nothing_to_score_is_refused(length: int) -> None:
         evaluator(text(2)[:length])
 
 
+KERNELS = train_gpt.Kernels(support.plain_attention)
+
+
 def test_a_model_loaded_from_an_artifact_scores_as_the_weights_it_holds() -> None:
     weights = {n: p.detach().to(torch.float32) for n, p in model().named_parameters()}
     _, read = train_gpt.unpack(train_gpt.pack(weights, H, 0.01))
-    loaded = train_gpt.load_model(H, support.cpu_runtime(), read, support.plain_attention)
-    by_hand = train_gpt.GPT(H, {n: w.to(torch.float32) for n, w in read.items()}, loaded.attend)
+    loaded = train_gpt.load_model(H, support.cpu_runtime(), read, KERNELS)
+    by_hand = train_gpt.GPT(H, {n: w.to(torch.float32) for n, w in read.items()}, loaded.kernels)
     tokens = text(5 * T + 7)
     scores = [evaluator(tokens).score(m, 4).nats for m in (loaded, by_hand, model())]
     assert scores[0] == scores[1]

@@ -24,7 +24,7 @@ def test_the_chosen_attention_agrees_with_float32_math_in_output_and_gradients()
 
 def test_late_qat_on_cuda_writes_the_bits_that_packing_gives_back():
     h, runtime = tiny(artifact_bytes=100_000), cuda_runtime()
-    trainer = tg.Trainer(h, runtime, tg.sdpa())
+    trainer = tg.Trainer(h, runtime, tg.Kernels())
     generator = torch.Generator("cuda").manual_seed(1)
     for master in trainer.optimizer.masters().values():
         master.add_(torch.randn(master.shape, generator=generator, device="cuda"), alpha=0.05)
@@ -40,9 +40,25 @@ def test_a_compiled_training_step_follows_the_eager_one_within_bfloat16():
     h = tiny(train_seq_len=128, train_batch_tokens=1024, micro_batch_tokens=1024)
     losses = []
     for backend in ("none", "inductor"):
-        trainer = tg.Trainer(h, cuda_runtime(backend), tg.sdpa())
+        trainer = tg.Trainer(h, cuda_runtime(backend), tg.Kernels())
         tokens = torch.randint(h.vocab_size, (8, 129), device="cuda",
                                generator=torch.Generator("cuda").manual_seed(2))
         losses.append([float(trainer.train_step(tokens, 1.0, 0.9)) for _ in range(5)])
     assert losses[1] == pytest.approx(losses[0], rel=2e-2)
     assert losses[1][-1] < losses[1][0]
+
+
+def test_the_step_as_a_cuda_graph_follows_the_step_launched_kernel_by_kernel():
+    h = tiny(train_seq_len=128, train_batch_tokens=1024, micro_batch_tokens=512)
+    losses = []
+    for graph in (False, True):
+        trainer = tg.Trainer(h, cuda_runtime(), tg.Kernels())
+        generator = torch.Generator("cuda").manual_seed(2)
+        batches = [torch.randint(h.vocab_size, (8, 129), device="cuda", generator=generator)
+                   for _ in range(5)]
+        trainer.gradients(batches[0][:4])
+        if graph:
+            trainer.gradients = tg.capture(trainer.gradients, batches[0][:4])
+        losses.append([float(trainer.train_step(batch, 1.0, 0.9)) for batch in batches])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)  # some reductions use atomics
+    assert len(set(losses[1])) == 5

@@ -173,14 +173,15 @@ def test_float32_forward_is_near_the_float64_reference() -> None:
     torch.testing.assert_close(losses[0].double(), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_scored_losses_are_the_tail_of_all_losses() -> None:
+def test_losses_of_the_last_hidden_states_are_the_tail_of_all_losses() -> None:
     h = tiny()
     model = tiny_model(h, torch.float64)
     inputs, targets = batch(h)
     with in_float64(), torch.no_grad():
         losses = model(inputs, targets)
         for scored in (1, 8, h.train_seq_len - 1):
-            tail = model(inputs, targets, scored)
+            hidden = model.final_hidden(inputs)[:, -scored:]
+            tail = model.losses(hidden, targets[:, -scored:])
             assert tail.shape == (2, scored)
             torch.testing.assert_close(tail, losses[:, -scored:], rtol=0, atol=1e-12)
 
@@ -332,7 +333,7 @@ def test_every_parameter_has_a_gradient_after_one_backward() -> None:
     h = tiny()
     for name, grad in gradients(tiny_model(h), h).items():
         assert grad is not None and grad.abs().max() > 0, name
-    fresh = train_gpt.GPT(h, train_gpt.initial_weights(h), train_gpt.sdpa())
+    fresh = train_gpt.GPT(h, train_gpt.initial_weights(h), train_gpt.Kernels())
     assert all(grad is not None for grad in gradients(fresh, h).values())
 
 
@@ -366,7 +367,7 @@ def test_gradients_equal_finite_differences_of_the_reference() -> None:
 
 def test_the_value_embedding_is_trained() -> None:
     h = tiny(weight_decay=0.0)  # which alone would move it
-    trainer = train_gpt.Trainer(h, cpu_runtime(), train_gpt.sdpa())
+    trainer = train_gpt.Trainer(h, cpu_runtime(), train_gpt.Kernels())
     names = ("ve_emb", "ve_proj", "ve_scale")
     before = {name: getattr(trainer.model, name).detach().clone() for name in names}
     inputs, targets = batch(h, rows=h.train_batch_tokens // h.train_seq_len)
@@ -403,7 +404,7 @@ def test_initial_readers_are_orthogonal() -> None:
 
 def test_an_untrained_model_scores_near_the_uniform_loss() -> None:
     h = tiny()
-    model = train_gpt.GPT(h, train_gpt.initial_weights(h), train_gpt.sdpa())
+    model = train_gpt.GPT(h, train_gpt.initial_weights(h), train_gpt.Kernels())
     assert float(model(*batch(h)).detach().mean()) == pytest.approx(
         math.log(h.vocab_size), rel=0.02
     )

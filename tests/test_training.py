@@ -54,7 +54,7 @@ def new_evaluator(h: Hyperparameters, runtime: Runtime) -> Evaluator:
 
 
 def new_trainer(h: Hyperparameters, runtime: Runtime | None = None) -> Trainer:
-    return Trainer(h, runtime or cpu_runtime(), train_gpt.sdpa())
+    return Trainer(h, runtime or cpu_runtime(), train_gpt.Kernels())
 
 
 class Run:
