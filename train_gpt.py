@@ -550,8 +550,8 @@ class Kernels(NamedTuple):
     mlp: Callable[[Tensor, Tensor, Tensor], Tensor] = relu2_mlp
 
 @jit
-def finish_relu2(part: Any, post_desc: Any, out_desc: Any, m: Any, n: Any,
-                 BACKWARD: tl.constexpr) -> None:
+def finish_relu2(part, post_desc, out_desc, m, n,  # type: ignore[no-untyped-def]
+                 BACKWARD: tl.constexpr):
     if BACKWARD:
         part *= 2 * tl.sqrt(post_desc.load([m, n]).to(tl.float32))
     else:
@@ -559,8 +559,8 @@ def finish_relu2(part: Any, post_desc: Any, out_desc: Any, m: Any, n: Any,
     out_desc.store([m, n], part.to(out_desc.dtype))
 
 @jit
-def linear_relu2_kernel(a_desc: Any, b_desc: Any, post_desc: Any, out_desc: Any,
-                        BACKWARD: tl.constexpr) -> None:
+def linear_relu2_kernel(a_desc, b_desc, post_desc, out_desc,  # type: ignore[no-untyped-def]
+                        BACKWARD: tl.constexpr):
     """out = relu(a b^T)^2, or BACKWARD: a b^T * 2 sqrt(post), its derivative.  Persistent; a tile
     is finished in quarters, which leaves shared memory for a fourth pipeline stage."""
     BLOCK_M: tl.constexpr = a_desc.block_shape[0]
