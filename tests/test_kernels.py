@@ -1,5 +1,9 @@
 """The Triton kernels against their plain-torch twins; without a GPU Triton interprets them."""
 
+import importlib
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -40,6 +44,26 @@ def test_fused_mlp_agrees_with_its_twin(rows: int, width: int, hidden: int) -> N
         assert float((a.float() - b.float()).norm() / b.float().norm()) < TOLERANCE, name
 
 
+def test_the_candidate_kernel_for_heads_agrees_with_project_heads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(support.REPO / "bench"))
+    heads = importlib.import_module("heads")
+    rows, length, width, count, kv_heads = 2, 64, 128, 4, 2
+    x, w = tensors((rows, length, width), (width + 2 * kv_heads * 32, width))
+    gain = tensors((count,))[0].abs() + 0.5
+    rotary = tg.rotary_table(length, 8, 1e4, x.device)
+
+    def flat(function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Tensor]:
+        return lambda *leaves: torch.cat([y.flatten() for y in function(*leaves, rotary)])
+
+    fused = outputs_and_gradients(flat(heads.fused_heads), [x, w, gain])
+    plain = outputs_and_gradients(flat(tg.project_heads), [x, w, gain])
+    for name, a, b in zip(("qkv", "dx", "dw", "dgain"), fused, plain, strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype, name
+        assert float((a.float() - b.float()).norm() / b.float().norm()) < TOLERANCE, name
+
+
 def test_a_negative_input_has_neither_output_nor_gradient() -> None:
     a, b = tensors((64, 32), (48, 32))
     post = tg.linear_relu2(a, b)
@@ -61,3 +85,32 @@ def test_on_a_cpu_the_plain_mlp_is_chosen_and_the_log_says_why() -> None:
     kernels = tg.choose_kernels(support.tiny(), support.cpu_runtime(), lines.append)  # type: ignore[arg-type]
     assert kernels.mlp is tg.relu2_mlp
     assert any("mlp:plain" in line and "CPU" in line for line in lines)
+
+
+COMPILE_FOR_HOPPER = """
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+import train_gpt as tg
+
+m, n, k = tg.RELU2_TILE
+blocks = {"a_desc": (m, k), "b_desc": (n, k), "post_desc": (m, n // 4), "out_desc": (m, n // 4)}
+signature = {name: f"tensordesc<bf16[{r}, {c}]>" for name, (r, c) in blocks.items()}
+for backward in (False, True):
+    source = ASTSource(tg.linear_relu2_kernel, {**signature, "BACKWARD": "constexpr"},
+                       {"BACKWARD": backward})
+    binary = compile(source, GPUTarget("cuda", 90, 32), {"num_warps": 8, "num_stages": 4})
+    print(binary.metadata.shared, "wgmma.mma_async" in binary.asm["ptx"], len(binary.asm["cubin"]))
+"""
+
+
+def test_the_kernel_compiles_for_a_hopper_gpu_and_fits_its_shared_memory() -> None:
+    environment = {**os.environ, "PYTHONPATH": str(support.REPO)}
+    environment.pop("TRITON_INTERPRET", None)  # the interpreter accepts what the compiler refuses
+    done = subprocess.run([sys.executable, "-c", COMPILE_FOR_HOPPER], env=environment,
+                          capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for line in done.stdout.splitlines():
+        shared, tensor_cores, size = line.split()
+        assert 100_000 < int(shared) <= 232_448
+        assert tensor_cores == "True" and int(size) > 1000
+    assert len(done.stdout.splitlines()) == 2
