@@ -706,9 +706,7 @@ def project_heads(x_BTD: Tensor, w_CD: Tensor, gain_H: Tensor,
     qkv = F.linear(x_BTD, w_CD).unflatten(-1, (-1, width))
     kv_heads = (qkv.shape[2] - heads) // 2
     q, k, v = qkv.split((heads, kv_heads, kv_heads), 2)
-    # Expanded first, so that backward sums over E within the norm's kernel.
-    gain_BTH = gain_H.expand(q.shape[:3])
-    return (apply_rotary(rms_norm(q), rotary) * gain_BTH[..., None],
+    return (apply_rotary(rms_norm(q), rotary) * gain_H[:, None],
             apply_rotary(rms_norm(k), rotary), v)
 
 def exclude_self(y_BTHE: Tensor, v_BTKE: Tensor) -> Tensor:
@@ -861,6 +859,9 @@ class Optimizer:
              for names, lr in ((TABLES, h.embed_lr), (VECTORS, h.scalar_lr))],
             lr=0.0, betas=(h.beta1, h.beta2), eps=h.adam_eps, weight_decay=h.weight_decay,
             fused=runtime.device.type == "cuda")
+        # Made once: copying numbers to the device stops the host until the queue is empty.
+        self.small_grids = {name: self.grids[name].tensors(master)
+                            for name, master in self.small_masters.items() if name in self.grids}
         self.muon_update = runtime.compile(muon_update)
         self.qat_step: Tensor | None = None  # 0-d step of the export grid; None: no rounding
     def _bank(self, name: str, parameter: nn.Parameter) -> Bank:
@@ -932,16 +933,15 @@ class Optimizer:
                 pending.append(all_gather(bank.padded, new, async_op=True))
         new_small = dict(self.small_masters)
         if self.qat_step is not None:
-            for name in self.grids.keys() & new_small.keys():
-                grid = self.grids[name].tensors(new_small[name])
+            for name, grid in self.small_grids.items():
                 new_small[name] = fake_quantize(new_small[name][None], self.qat_step, *grid)[0]
         torch._foreach_copy_(list(self.small.values()), list(new_small.values()))
         for work in pending:
             work.wait()
     def start_qat(self, weight_bytes: float) -> float:
         """Turns late QAT on, on the grid whose entropy fills `weight_bytes`; returns its step."""
-        tables = [(m[None], *self.grids[name].tensors(m))
-                  for name, m in self.small_masters.items() if name in self.grids]
+        tables = [(self.small_masters[name][None], *grid)
+                  for name, grid in self.small_grids.items()]
         banks = [(bank.master, bank.qmax, bank.ratio) for bank in self.banks]
         def size_of(step: float) -> float:
             box = torch.tensor(step, device=self.runtime.device)

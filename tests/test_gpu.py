@@ -62,3 +62,21 @@ def test_the_step_as_a_cuda_graph_follows_the_step_launched_kernel_by_kernel():
         losses.append([float(trainer.train_step(batch, 1.0, 0.9)) for batch in batches])
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)  # some reductions use atomics
     assert len(set(losses[1])) == 5
+
+
+@pytest.mark.parametrize("late_qat", [False, True])
+def test_a_step_never_makes_the_host_wait(late_qat):
+    trainer = tg.Trainer(tiny(), cuda_runtime(), tg.Kernels())
+    tokens = torch.randint(trainer.h.vocab_size, (trainer.local, trainer.h.train_seq_len + 1),
+                           device="cuda")
+    trainer.train_step(tokens, 1.0, 0.9)  # AdamW makes its state
+    if late_qat:
+        trainer.optimizer.start_qat(10_000)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(2):
+            loss = trainer.train_step(tokens, 0.5, 0.9)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.isfinite(loss)
