@@ -1058,8 +1058,7 @@ def read_tensor(shape: list[int], kind: str, streams: list[bytes]) -> Tensor:
         return torch.from_numpy(np.frombuffer(streams[0], "<f2").copy()).view(shape).float()
     scales = torch.from_numpy(np.frombuffer(streams[0], "<f4").copy())
     codes = torch.from_numpy(np.frombuffer(b"".join(streams[1:]), np.int8).copy())
-    rows, columns = shape[-2:]
-    return dequantize(codes.view(-1, rows, columns), scales.view(-1, rows, 1)).view(shape)
+    return dequantize(codes.view(-1, *shape[-2:]), scales.view(-1, shape[-2], 1)).view(shape)
 
 def hidden_by_size(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same function with the hidden units of each layer in order of their norms: neighbours in
@@ -1315,8 +1314,7 @@ def train(h: Hyperparameters, runtime: Runtime, log: RunLog, evaluator: Evaluato
                 f"train_time:{watch.total * 1e3:.0f}ms step_avg:{watch.total * 1e3 / step:.2f}ms")
             watch.start()
         progress = progress_of(h, step, elapsed)
-        total_steps = min(h.iterations, step / progress if progress else h.iterations)
-        lr = lr_scale(h, progress, total_steps)
+        lr = lr_scale(h, progress, min(h.iterations, step / (progress or math.inf)))
         step += 1
         if lr < h.qat_threshold:
             if not qat_steps:
