@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import copy
 import dataclasses
 import difflib
 import hashlib
@@ -517,7 +516,45 @@ def fit_step(size_of: Callable[[float], float], target: float) -> float:
 jit = triton.jit if triton else lambda function: function
 PROCESSORS = 132  # of an H100 or H200; with more, some would idle
 RELU2_TILE = 256, 128, 64  # rows, columns, depth: 1408 = 11 x 128 leaves no partial tile
+HEAD_ROWS = 32  # tokens a program of the kernels for heads
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q (B,T,H,E), k and v (B,T,K,E) -> (B,T,H,E)
+
+def rms_norm(x: Tensor) -> Tensor:
+    """Unit root mean square over the last dimension, statistics in float32."""
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+def rotary_table(length: int, dims: int, base: float, device: torch.device) -> Tensor:
+    """cos and sin, stacked: (2, T, 1, dims/2) float32."""
+    frequency = base ** (-torch.arange(0, dims, 2, device=device, dtype=torch.float32) / dims)
+    angle = torch.arange(length, device=device, dtype=torch.float32)[:, None] * frequency
+    return torch.stack((angle.cos(), angle.sin()))[:, :, None, :]
+
+def apply_rotary(x_BTHE: Tensor, table: Tensor) -> Tensor:
+    """Rotates the first dims of every head, leaves the others: partial RoPE (pg#315)."""
+    half = table.shape[-1]
+    cos, sin = table.to(x_BTHE.dtype)
+    a, b, rest = x_BTHE.split((half, half, x_BTHE.shape[-1] - 2 * half), dim=-1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos, rest), dim=-1)
+
+def project_heads(x_BTD: Tensor, w_CD: Tensor, gain_H: Tensor,
+                  rotary: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Normed and rotated q (B,T,H,E) and k (B,T,K,E), and v, from C = (H + 2K) E projections."""
+    heads, width = len(gain_H), x_BTD.shape[-1] // len(gain_H)
+    qkv = F.linear(x_BTD, w_CD).unflatten(-1, (-1, width))
+    kv_heads = (qkv.shape[2] - heads) // 2
+    q, k, v = qkv.split((heads, kv_heads, kv_heads), 2)
+    return (apply_rotary(rms_norm(q), rotary) * gain_H[:, None],
+            apply_rotary(rms_norm(k), rotary), v)
+
+def exclude_self(y_BTHE: Tensor, v_BTKE: Tensor) -> Tensor:
+    """XSA: subtracts from each head's output its projection on the token's own value, so that the
+    head spends itself on the context (pg#287)."""
+    B, T, K, E = v_BTKE.shape
+    y, v = y_BTHE.reshape(B, T, K, -1, E), v_BTKE[:, :, :, None, :]
+    y32, v32 = y.float(), v.float()
+    share = (y32 * v32).sum(-1, keepdim=True) / v32.square().sum(-1, keepdim=True).clamp_min(1e-6)
+    return (y32 - share * v32).to(y.dtype).view(y_BTHE.shape)
 
 def sdpa(*backends: SDPBackend) -> Attend:
     """PyTorch's attention through one of `backends`; none named leaves the choice to PyTorch."""
@@ -540,18 +577,21 @@ def attention_candidates() -> dict[str, Attend]:
         found["fa3"] = fa3
     return found
 
-def relu2_mlp(x_BTD: Tensor, up_ND: Tensor, down_ND: Tensor) -> Tensor:
-    """relu(x up^T)^2 down (So et al., Primer, 2021); N is the hidden width."""
-    return F.relu(F.linear(x_BTD, up_ND)).square() @ down_ND
+def relu2_mlp(x_BTD: Tensor, up_ND: Tensor, down_ND: Tensor, scale: float) -> Tensor:
+    """relu(scale norm(x) up^T)^2 down (So et al., Primer, 2021); N is the hidden width."""
+    return F.relu(F.linear(rms_norm(x_BTD) * scale, up_ND)).square() @ down_ND
 
 class Kernels(NamedTuple):
     """The functions that have more than one implementation, as chosen at start-up."""
     attend: Attend = sdpa()
-    mlp: Callable[[Tensor, Tensor, Tensor], Tensor] = relu2_mlp
+    heads: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]] = project_heads
+    exclude: Callable[[Tensor, Tensor], Tensor] = exclude_self
+    mlp: Callable[[Tensor, Tensor, Tensor, float], Tensor] = relu2_mlp
 
 @jit
-def finish_relu2(part, post_desc, out_desc, m, n,  # type: ignore[no-untyped-def]
+def finish_relu2(part, scale, post_desc, out_desc, m, n,  # type: ignore[no-untyped-def]
                  BACKWARD: tl.constexpr):
+    part *= scale
     if BACKWARD:
         part *= 2 * tl.sqrt(post_desc.load([m, n]).to(tl.float32))
     else:
@@ -559,10 +599,10 @@ def finish_relu2(part, post_desc, out_desc, m, n,  # type: ignore[no-untyped-def
     out_desc.store([m, n], part.to(out_desc.dtype))
 
 @jit
-def linear_relu2_kernel(a_desc, b_desc, post_desc, out_desc,  # type: ignore[no-untyped-def]
+def linear_relu2_kernel(a_desc, b_desc, scales, post_desc, out_desc,  # type: ignore[no-untyped-def]
                         BACKWARD: tl.constexpr):
-    """out = relu(a b^T)^2, or BACKWARD: a b^T * 2 sqrt(post), its derivative.  Persistent; a tile
-    is finished in quarters, which leaves shared memory for a fourth pipeline stage."""
+    """out = relu(a b^T * scale)^2, a scale per row, or BACKWARD: a b^T * scale * 2 sqrt(post).
+    Persistent; a tile is finished in quarters, which leaves shared memory for a fourth stage."""
     BLOCK_M: tl.constexpr = a_desc.block_shape[0]
     BLOCK_N: tl.constexpr = b_desc.block_shape[0]
     QUARTER: tl.constexpr = BLOCK_N // 4
@@ -574,46 +614,181 @@ def linear_relu2_kernel(a_desc, b_desc, post_desc, out_desc,  # type: ignore[no-
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in range(0, a_desc.shape[1], a_desc.block_shape[1]):
             total = tl.dot(a_desc.load([m, k]), b_desc.load([n, k]).T, total)
+        rows = m + tl.arange(0, BLOCK_M)
+        scale = tl.load(scales + rows, mask=rows < out_desc.shape[0], other=0.0)[:, None]
         halves = tl.split(total.reshape(BLOCK_M, 2, 2 * QUARTER).permute(0, 2, 1))
         for i in tl.static_range(2):
             left, right = tl.split(halves[i].reshape(BLOCK_M, 2, QUARTER).permute(0, 2, 1))
-            finish_relu2(left, post_desc, out_desc, m, n + 2 * i * QUARTER, BACKWARD)
-            finish_relu2(right, post_desc, out_desc, m, n + (2 * i + 1) * QUARTER, BACKWARD)
+            finish_relu2(left, scale, post_desc, out_desc, m, n + 2 * i * QUARTER, BACKWARD)
+            finish_relu2(right, scale, post_desc, out_desc, m, n + (2 * i + 1) * QUARTER, BACKWARD)
 
 @torch.library.custom_op("golf::linear_relu2", mutates_args=())
-def linear_relu2(a_MK: Tensor, b_NK: Tensor, post_MN: Tensor | None = None) -> Tensor:
-    """relu(a b^T)^2; given that result as `post`, instead a b^T times the derivative there."""
+def linear_relu2(a_MK: Tensor, b_NK: Tensor, scale_M: Tensor,
+                 post_MN: Tensor | None = None) -> Tensor:
+    """relu(a b^T * scale)^2; given that as `post`, instead a b^T * scale times the derivative."""
     out_MN, (m, n, k) = a_MK.new_empty(len(a_MK), len(b_NK)), RELU2_TILE
-    descriptors = [TensorDescriptor.from_tensor(t.contiguous(), block) for t, block in (
+    a, b, post, out = (TensorDescriptor.from_tensor(t.contiguous(), block) for t, block in (
         (a_MK, [m, k]), (b_NK, [n, k]), (out_MN if post_MN is None else post_MN, [m, n // 4]),
-        (out_MN, [m, n // 4]))]
+        (out_MN, [m, n // 4])))
     programs = min(-(-len(a_MK) // m) * -(-len(b_NK) // n), PROCESSORS)
-    linear_relu2_kernel[(programs,)](*descriptors, post_MN is not None, num_warps=8, num_stages=4)
+    linear_relu2_kernel[(programs,)](a, b, scale_M, post, out, post_MN is not None, num_warps=8,
+                                     num_stages=4)
     return out_MN
 
-linear_relu2.register_fake(lambda a, b, post=None: a.new_empty(len(a), len(b)))
+linear_relu2.register_fake(lambda a, b, scale, post=None: a.new_empty(len(a), len(b)))
 
 class FusedMLP(torch.autograd.Function):
-    """`relu2_mlp` that keeps the squares only: the derivative is 2 sqrt(post)."""
+    """`relu2_mlp` that writes neither the normed input, whose scale per row the products apply as
+    they finish, nor anything between them but the squares: the derivative is 2 sqrt(post)."""
     @staticmethod
-    def forward(ctx: Any, x_MD: Tensor, up_ND: Tensor, down_ND: Tensor) -> Tensor:
-        post_MN = linear_relu2(x_MD, up_ND)
-        ctx.save_for_backward(x_MD, up_ND, down_ND, post_MN)
+    def forward(ctx: Any, x_MD: Tensor, up_ND: Tensor, down_ND: Tensor, depth: float) -> Tensor:
+        scale_M = depth * torch.rsqrt(x_MD.float().square().mean(-1) + 1e-6)
+        post_MN = linear_relu2(x_MD, up_ND, scale_M)
+        ctx.save_for_backward(x_MD, up_ND, down_ND, scale_M, post_MN)
+        ctx.depth = depth
         return post_MN @ down_ND
     @staticmethod
-    def backward(ctx: Any, dy_MD: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
-        x_MD, up_ND, down_ND, post_MN = ctx.saved_tensors
-        du_MN = linear_relu2(dy_MD, down_ND, post_MN)
-        return du_MN @ up_ND, du_MN.T @ x_MD, post_MN.T @ dy_MD
+    def backward(ctx: Any, dy_MD: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        x_MD, up_ND, down_ND, scale_M, post_MN = ctx.saved_tensors
+        du_MN = linear_relu2(dy_MD, down_ND, scale_M, post_MN)  # already times the norm's scale
+        dx_MD, x32 = (du_MN @ up_ND).float(), x_MD.float()
+        along = (dx_MD * x32).mean(-1, keepdim=True) * (scale_M / ctx.depth).square()[:, None]
+        return (dx_MD - along * x32).to(x_MD.dtype), du_MN.T @ x_MD, post_MN.T @ dy_MD, None
 
-def fused_mlp(x_BTD: Tensor, up_ND: Tensor, down_ND: Tensor) -> Tensor:
-    return FusedMLP.apply(x_BTD.flatten(0, 1), up_ND, down_ND).view(x_BTD.shape)
+def fused_mlp(x_BTD: Tensor, up_ND: Tensor, down_ND: Tensor, scale: float) -> Tensor:
+    return FusedMLP.apply(x_BTD.flatten(0, 1), up_ND, down_ND, scale).view(x_BTD.shape)
+
+@jit
+def heads_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0913
+                 qkv, gain, rotary, q, k, v, dqkv, dgain, T,
+                 HALF: tl.constexpr, H: tl.constexpr, K: tl.constexpr, E: tl.constexpr,
+                 ROWS: tl.constexpr, BACKWARD: tl.constexpr):
+    """RMS norm, partial RoPE and gain for one head of ROWS tokens: from qkv to q and k.
+    BACKWARD: from the gradients in q, k and v to dqkv and this program's part of dgain."""
+    head = tl.program_id(1)
+    token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    dim = tl.arange(0, E)[None, :]
+    raw = (token * (H + 2 * K) + head) * E
+    if head >= H + K:  # values have a gradient, and nothing else to do
+        tl.store(dqkv + raw + dim, tl.load(v + (token * K + head - H - K) * E + dim))
+    else:
+        side = k + (token * K + head - H) * E
+        scale = 1.0
+        if head < H:
+            side = q + (token * H + head) * E
+            scale = tl.load(gain + head).to(tl.float32)
+        x = tl.load(qkv + raw + dim).to(tl.float32)
+        square = tl.sum(x * x, 1, keep_dims=True) / E + 1e-6
+        scale *= tl.rsqrt(square)
+        source = side if BACKWARD else qkv + raw
+        rotated = dim < 2 * HALF
+        angle = rotary + token % T * HALF + dim % HALF
+        sin = tl.load(angle + T * HALF, mask=rotated, other=0.0)
+        sin = tl.where((dim < HALF) == BACKWARD, sin, -sin)  # the gradient turns back
+        partner = source + tl.where(dim < HALF, dim + HALF, dim - HALF)
+        turned = (tl.load(source + dim).to(tl.float32) * tl.load(angle, mask=rotated, other=1.0)
+                  + tl.load(partner, mask=rotated, other=0.0).to(tl.float32) * sin)
+        if BACKWARD:
+            along = tl.sum(turned * x, 1, keep_dims=True)
+            dx = (turned - x * (along / (E * square))) * scale
+            tl.store(dqkv + raw + dim, dx.to(dqkv.dtype.element_ty))
+            if head < H:
+                tl.store(dgain + tl.program_id(0) * H + head, tl.sum(along * tl.rsqrt(square)))
+        else:
+            tl.store(side + dim, (turned * scale).to(q.dtype.element_ty))
+
+def heads_outputs(qkv_MC: Tensor, gain_H: Tensor, rotary: Tensor, width: int,
+                  grads: list[Tensor]) -> tuple[Tensor, Tensor]:
+    (M, C), H = qkv_MC.shape, len(gain_H)
+    if grads:
+        return torch.empty_like(qkv_MC), rotary.new_empty(M // HEAD_ROWS, H)
+    return qkv_MC.new_empty(M, H * width), qkv_MC.new_empty(M, (C - H * width) // 2)
+
+@torch.library.custom_op("golf::norm_rotate", mutates_args=())
+def norm_rotate(qkv_MC: Tensor, gain_H: Tensor, rotary: Tensor, width: int,
+                grads: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """q (M, H*E) and k (M, K*E) from raw projections; E is `width`.  With `grads` of q, k and v:
+    instead dqkv (M, C) and parts (M / HEAD_ROWS, H) whose sum is dgain."""
+    H, (_, T, _, half) = len(gain_H), rotary.shape
+    K = (qkv_MC.shape[1] // width - H) // 2
+    outputs = heads_outputs(qkv_MC, gain_H, rotary, width, grads)
+    sides = [g.contiguous() for g in grads] or (*outputs, qkv_MC)
+    heads_kernel[(len(qkv_MC) // HEAD_ROWS, H + K * (2 if grads else 1))](
+        qkv_MC, gain_H, rotary, *sides, *outputs, T, half, H, K, width, HEAD_ROWS, bool(grads))
+    return outputs
+
+norm_rotate.register_fake(heads_outputs)
+
+class FusedHeads(torch.autograd.Function):
+    """`project_heads` with one product for the three projections, in backward too."""
+    @staticmethod
+    def forward(ctx: Any, x_MD: Tensor, w_CD: Tensor, gain_H: Tensor,
+                rotary: Tensor) -> tuple[Tensor, ...]:
+        qkv_MC = x_MD @ w_CD.T
+        q, k = norm_rotate(qkv_MC, gain_H, rotary, x_MD.shape[1] // len(gain_H), [])
+        ctx.save_for_backward(x_MD, w_CD, gain_H, rotary, qkv_MC)
+        return q, k, qkv_MC[:, -k.shape[1]:]
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        x_MD, w_CD, gain_H, rotary, qkv_MC = ctx.saved_tensors
+        width = x_MD.shape[1] // len(gain_H)
+        dqkv_MC, parts = norm_rotate(qkv_MC, gain_H, rotary, width, list(grads))
+        return dqkv_MC @ w_CD, dqkv_MC.T @ x_MD, parts.sum(0).to(gain_H.dtype), None
+
+def fused_heads(x_BTD: Tensor, w_CD: Tensor, gain_H: Tensor,
+                rotary: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    B, T, D = x_BTD.shape
+    flat = FusedHeads.apply(x_BTD.flatten(0, 1), w_CD, gain_H, rotary)
+    q, k, v = (y.view(B, T, -1, D // len(gain_H)) for y in flat)
+    return q, k, v
+
+@jit
+def exclude_kernel(y, v, dout, out, dv, V_STRIDE, G: tl.constexpr,  # type: ignore[no-untyped-def]
+                   E: tl.constexpr, ROWS: tl.constexpr, BACKWARD: tl.constexpr):
+    """`exclude_self` for the G query heads of one value head; BACKWARD: from `dout`, the gradient
+    of its result, to those of y (in out) and v."""
+    token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    head, heads, dim = tl.program_id(1), tl.num_programs(1), tl.arange(0, E)[None, :]
+    value = tl.load(v + token * V_STRIDE + head * E + dim).to(tl.float32)
+    inverse = 1.0 / tl.maximum(tl.sum(value * value, 1, keep_dims=True), 1e-6)
+    dvalue = tl.zeros((ROWS, E), tl.float32)
+    for g in tl.static_range(G):
+        place = ((token * heads + head) * G + g) * E + dim
+        side = tl.load(y + place).to(tl.float32)
+        share = tl.sum(side * value, 1, keep_dims=True) * inverse
+        if BACKWARD:
+            dside = tl.load(dout + place).to(tl.float32)
+            dshare = tl.sum(dside * value, 1, keep_dims=True) * inverse
+            dvalue += 2 * share * dshare * value - dshare * side - share * dside
+            side, share = dside, dshare
+        tl.store(out + place, (side - share * value).to(out.dtype.element_ty))
+    if BACKWARD:
+        tl.store(dv + (token * heads + head) * E + dim, dvalue.to(dv.dtype.element_ty))
+
+@torch.library.custom_op("golf::exclude", mutates_args=())
+def exclude(y_BTHE: Tensor, v_BTKE: Tensor, dout_BTHE: Tensor | None) -> list[Tensor]:
+    """[`exclude_self` of y and v]; given the gradient of that, instead [dy, dv]."""
+    (B, T, H, E), K, backward = y_BTHE.shape, v_BTKE.shape[2], dout_BTHE is not None
+    y, dout = (t.contiguous() for t in (y_BTHE, y_BTHE if dout_BTHE is None else dout_BTHE))
+    outputs = [torch.empty_like(y), y.new_empty(v_BTKE.shape)][: 1 + backward]
+    exclude_kernel[(B * T // HEAD_ROWS, K)](y, v_BTKE, dout, outputs[0], outputs[-1],
+                                            v_BTKE.stride(1), H // K, E, HEAD_ROWS, backward)
+    return outputs
+
+exclude.register_fake(lambda y, v, dout: [y.new_empty(t.shape) for t in (y, v)][
+    : 1 if dout is None else 2])
+exclude.register_autograd(lambda ctx, grads: (*exclude(*ctx.saved_tensors, grads[0]), None),
+                          setup_context=lambda ctx, inputs, output: ctx.save_for_backward(
+                              *inputs[:2]))
+
+def fused_exclude(y_BTHE: Tensor, v_BTKE: Tensor) -> Tensor:
+    return exclude(y_BTHE, v_BTKE, None)[0]
 
 def choose_kernels(h: Hyperparameters, runtime: Runtime, log: RunLog) -> Kernels:
     """The fastest attention whose output and gradients agree with float32 math on this device, and
-    the fused MLP where the GPU (Hopper's TMA) and the shapes allow."""
+    the fused layers where the GPU (Hopper's TMA) and the shapes allow."""
     if runtime.device.type != "cuda":
-        log("attention:sdpa mlp:plain chosen (the only ones on a CPU)")
+        log("attention:sdpa, plain layers (the only ones on a CPU)")
         return Kernels()
     timings, candidates = dict[str, float](), attention_candidates()
     for name, attend in candidates.items():
@@ -627,10 +802,13 @@ def choose_kernels(h: Hyperparameters, runtime: Runtime, log: RunLog) -> Kernels
     if not timings:
         raise RunError("attention: no kernel is correct on this GPU; set DEVICE=cpu")
     best = runtime.agree_on(min(timings, key=lambda name: timings[name]))
-    fused = torch.cuda.get_device_capability() >= (9, 0) and not (h.mlp_hidden | h.model_dim) % 8
-    log(f"attention:{best} mlp:{'fused' if fused else 'plain'} chosen (fastest correct; the fused "
-        "MLP needs Hopper and widths in eights)")
-    return Kernels(candidates[best], fused_mlp if fused else relu2_mlp)
+    fused = torch.cuda.get_device_capability() >= (9, 0) and not (
+        h.mlp_hidden % 8 or h.model_dim % 8 or h.train_seq_len % HEAD_ROWS
+        or h.head_dim & (h.head_dim - 1))
+    log(f"attention:{best} (fastest correct), {'fused' if fused else 'plain'} layers (fused ones "
+        f"need Hopper, widths in 8s, heads a power of 2 wide, TRAIN_SEQ_LEN in {HEAD_ROWS}s)")
+    layers = (fused_heads, fused_exclude, fused_mlp) if fused else ()
+    return Kernels(candidates[best], *layers)
 
 def attention_trial(h: Hyperparameters, attend: Attend,
                     device: torch.device) -> tuple[float, float]:
@@ -681,43 +859,6 @@ def initial_weights(h: Hyperparameters) -> dict[str, Tensor]:
     w["ve_scale"].fill_(0.1)
     return w
 
-def rms_norm(x: Tensor) -> Tensor:
-    """Unit root mean square over the last dimension, statistics in float32."""
-    wide = x.float()
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
-
-def rotary_table(length: int, dims: int, base: float, device: torch.device) -> Tensor:
-    """cos and sin, stacked: (2, T, 1, dims/2) float32."""
-    frequency = base ** (-torch.arange(0, dims, 2, device=device, dtype=torch.float32) / dims)
-    angle = torch.arange(length, device=device, dtype=torch.float32)[:, None] * frequency
-    return torch.stack((angle.cos(), angle.sin()))[:, :, None, :]
-
-def apply_rotary(x_BTHE: Tensor, table: Tensor) -> Tensor:
-    """Rotates the first dims of every head, leaves the others: partial RoPE (pg#315)."""
-    half = table.shape[-1]
-    cos, sin = table.to(x_BTHE.dtype)
-    a, b, rest = x_BTHE.split((half, half, x_BTHE.shape[-1] - 2 * half), dim=-1)
-    return torch.cat((a * cos - b * sin, a * sin + b * cos, rest), dim=-1)
-
-def project_heads(x_BTD: Tensor, w_CD: Tensor, gain_H: Tensor,
-                  rotary: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Normed and rotated q (B,T,H,E) and k (B,T,K,E), and v, from C = (H + 2K) E projections."""
-    heads, width = len(gain_H), x_BTD.shape[-1] // len(gain_H)
-    qkv = F.linear(x_BTD, w_CD).unflatten(-1, (-1, width))
-    kv_heads = (qkv.shape[2] - heads) // 2
-    q, k, v = qkv.split((heads, kv_heads, kv_heads), 2)
-    return (apply_rotary(rms_norm(q), rotary) * gain_H[:, None],
-            apply_rotary(rms_norm(k), rotary), v)
-
-def exclude_self(y_BTHE: Tensor, v_BTKE: Tensor) -> Tensor:
-    """XSA: subtracts from each head's output its projection on the token's own value, so that the
-    head spends itself on the context (pg#287)."""
-    B, T, K, E = v_BTKE.shape
-    y, v = y_BTHE.reshape(B, T, K, -1, E), v_BTKE[:, :, :, None, :]
-    y32, v32 = y.float(), v.float()
-    share = (y32 * v32).sum(-1, keepdim=True) / v32.square().sum(-1, keepdim=True).clamp_min(1e-6)
-    return (y32 - share * v32).to(y.dtype).view(y_BTHE.shape)
-
 def smear(x_BTD: Tensor, gate_D: Tensor, inputs_BT: Tensor) -> Tensor:
     """SmearGate (pg#65): blends the previous token's embedding into each token's, per dimension;
     never across the start of a document, nor from before the window."""
@@ -762,15 +903,15 @@ class GPT(nn.Module):
             if i >= layers - layers // 2:  # decoder half, mirrors the encoder half
                 x = x + self.skip_weight[i - (layers - layers // 2)] * skips.pop()
             x = self.resid_mix[i, 0] * x + self.resid_mix[i, 1] * x0
-            ve_index = i - (layers - h.ve_layers)
+            ve_index, depth = i - (layers - h.ve_layers), (i + 1) ** -0.5  # pg#315 damps by depth
             added = self.ve_scale[ve_index] * ve if ve_index >= 0 else None
-            q, k, v = project_heads(rms_norm(x) * (i + 1) ** -0.5, qkv[i], self.q_gain[i], rotary)
+            q, k, v = self.kernels.heads(rms_norm(x) * depth, qkv[i], self.q_gain[i], rotary)
             v = v if added is None else v + added.view(v.shape)
             y = self.kernels.attend(q, k, v)
             if i >= layers - h.xsa_layers:
-                y = exclude_self(y, v)
+                y = self.kernels.exclude(y, v)
             x = x + F.linear(y.flatten(2), out[i])
-            x = x + self.kernels.mlp(rms_norm(x) * (i + 1) ** -0.5, up[i], down[i])
+            x = x + self.kernels.mlp(x, up[i], down[i], depth)
             if i < layers // 2:
                 skips.append(x)
         return x
@@ -810,12 +951,22 @@ def newton_schulz(g_NRC: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
     return x.mT if g_NRC.shape[-2] > g_NRC.shape[-1] else x
 
 def muon_update(grad: Tensor, momentum: Tensor, master: Tensor, update_scale: Tensor, clip: Tensor,
-                lr: Tensor, beta: Tensor, decay: Tensor, steps: int, dtype: torch.dtype) -> None:
+                lr: Tensor, beta: Tensor, decay: float, steps: int, dtype: torch.dtype) -> None:
     """In-place Nesterov momentum, orthogonalisation, decoupled decay of a shard (n, R, C)."""
     g = grad.float() * clip
     momentum.lerp_(g, 1 - beta)
     update = newton_schulz(torch.lerp(g, momentum, beta), steps, dtype).float()
     master.mul_(1 - lr * decay).sub_(lr * update_scale * update)
+
+def adamw_update(grad: Tensor, mean: Tensor, square: Tensor, master: Tensor, clip: Tensor,
+                 lr: Tensor, step: Tensor, betas: tuple[float, float], eps: float,
+                 decay: float) -> None:
+    """In-place AdamW (Loshchilov & Hutter, 2019) of a flat vector; `lr` per element."""
+    g = grad * clip
+    mean.lerp_(g, 1 - betas[0])
+    square.lerp_(g.square(), 1 - betas[1])
+    root = (square / (1 - betas[1] ** step)).sqrt() + eps
+    master.mul_(1 - lr * decay).sub_(lr * mean / (1 - betas[0] ** step) / root)
 
 @dataclass
 class Bank:
@@ -846,24 +997,25 @@ class Optimizer:
         self.banks = [self._bank(name, parameters[name]) for name in MATRICES]
         self.small = {name: parameters[name] for name in (*TABLES, *VECTORS)}
         # All small gradients and the loss share one buffer, so they need one collective.
-        total = sum(p.numel() for p in self.small.values())
-        self.flat = torch.zeros(total + 1, device=runtime.device)
-        pieces = self.flat[:-1].split([p.numel() for p in self.small.values()])
-        self.small_gradients = [piece.view(p.shape) for piece, p
-                                in zip(pieces, self.small.values(), strict=True)]
-        self.small_masters = {name: p.detach().float().clone() for name, p in self.small.items()}
-        for master, gradient in zip(self.small_masters.values(), self.small_gradients, strict=True):
-            master.grad = gradient
-        self.adamw = torch.optim.AdamW(
-            [{"params": [self.small_masters[n] for n in names], "base_lr": lr}
-             for names, lr in ((TABLES, h.embed_lr), (VECTORS, h.scalar_lr))],
-            lr=0.0, betas=(h.beta1, h.beta2), eps=h.adam_eps, weight_decay=h.weight_decay,
-            fused=runtime.device.type == "cuda")
+        self.flat_master = torch.cat([p.detach().float().flatten() for p in self.small.values()])
+        self.flat = torch.zeros(len(self.flat_master) + 1, device=runtime.device)
+        self.mean, self.square = (torch.zeros_like(self.flat_master) for _ in range(2))
+        self.small_masters = self.split(self.flat_master)
+        self.small_lr = torch.cat([torch.full_like(w.flatten(), h.embed_lr if name in TABLES
+                                   else h.scalar_lr) for name, w in self.small_masters.items()])
+        # On the device, where a CUDA graph finds what changed: scales of lr, steps so far ...
+        self.lr, self.beta, self.steps, self.grid_step = torch.zeros(4, device=runtime.device)
         # Made once: copying numbers to the device stops the host until the queue is empty.
         self.small_grids = {name: self.grids[name].tensors(master)
                             for name, master in self.small_masters.items() if name in self.grids}
         self.muon_update = runtime.compile(muon_update)
+        self.adamw_update = runtime.compile(adamw_update)
         self.qat_step: Tensor | None = None  # 0-d step of the export grid; None: no rounding
+    def split(self, flat: Tensor) -> dict[str, Tensor]:
+        """Views of a vector laid out like `flat_master`, by name of the small parameter."""
+        pieces = flat.split([p.numel() for p in self.small.values()])
+        return {name: piece.view(p.shape)
+                for (name, p), piece in zip(self.small.items(), pieces, strict=True)}
     def _bank(self, name: str, parameter: nn.Parameter) -> Bank:
         world, device = self.runtime.world_size, self.runtime.device
         count, rows, columns = parameter.shape
@@ -882,29 +1034,34 @@ class Optimizer:
                               for t in (scale, qmax, ratio))
         master = padded[mine].float().clone()  # float() alone would alias float32 weights
         return Bank(name, parameter, padded, master, torch.zeros_like(master), scale, qmax, ratio)
+    def set(self, lr: float, momentum: float) -> None:
+        """For the next update; `lr` scales every group's own."""
+        self.lr.fill_(lr)
+        self.beta.fill_(momentum)
     @torch.no_grad()
-    def step(self, loss: Tensor, lr: float, momentum: float, gradients: list[Tensor]) -> Tensor:
-        """One update.  `lr` scales every group's own; returns the loss summed over ranks (0-d).
-        Gradients are this rank's share of the global mean's, in `model.parameters()` order."""
-        by_name = dict(zip(self.names, gradients, strict=True))
+    def update(self, sums: list[Tensor]) -> Tensor:
+        """One step, on the device alone.  `sums`: this rank's share of the global mean loss (0-d)
+        and of its gradients, in `model.parameters()` order; returns the loss over all ranks."""
+        by_name = dict(zip(self.names, sums[1:], strict=True))
         shards, pending = self._reduce_scatter(by_name)
-        torch._foreach_copy_(self.small_gradients, [by_name[name] for name in self.small])
-        self.flat[-1] = loss
+        torch._foreach_copy_(list(self.split(self.flat[:-1]).values()),
+                             [by_name[name] for name in self.small])
+        self.flat[-1] = sums[0]
         self.runtime.sum(self.flat)
         for work in pending:
             work.wait()
+        h, small = self.h, self.flat[:-1]
         norms = torch.stack(torch._foreach_norm(shards, 2, torch.float32))
-        squares = self.runtime.sum(norms.square().sum()) + self.flat[:-1].square().sum()
-        clip = ((self.h.grad_clip_norm or math.inf) / (squares.sqrt() + 1e-6)).clamp(max=1.0)
-        # Numbers that change enter compiled code as 0-d tensors, never as Python floats.
-        numbers = [torch.tensor(x) for x in (lr * self.h.matrix_lr, momentum, self.h.weight_decay)]
+        squares = self.runtime.sum(norms.square().sum()) + small.square().sum()
+        clip = ((h.grad_clip_norm or math.inf) / (squares.sqrt() + 1e-6)).clamp(max=1.0)
+        matrix_lr = self.lr * h.matrix_lr
         for bank, shard in zip(self.banks, shards, strict=True):
-            self.muon_update(shard, bank.momentum, bank.master, bank.update_scale, clip, *numbers,
-                             self.h.muon_steps, self.runtime.dtype)
-        self.flat[:-1] *= clip
-        for group in self.adamw.param_groups:
-            group["lr"] = lr * group["base_lr"]
-        self.adamw.step()
+            self.muon_update(shard, bank.momentum, bank.master, bank.update_scale, clip, matrix_lr,
+                             self.beta, h.weight_decay, h.muon_steps, self.runtime.dtype)
+        self.steps += 1
+        self.adamw_update(small, self.mean, self.square, self.flat_master, clip,
+                          self.lr * self.small_lr, self.steps, (h.beta1, h.beta2), h.adam_eps,
+                          h.weight_decay)
         self.write_back()
         return self.flat[-1].clone()
     def _reduce_scatter(self, gradients: Mapping[str, Tensor]) -> tuple[list[Tensor], list[Any]]:
@@ -949,7 +1106,7 @@ class Optimizer:
                            for group in (tables, banks))
             return (shared + float(self.runtime.sum(torch.tensor(own, dtype=torch.float64)))) / 8
         step = self.runtime.agree_on(fit_step(size_of, weight_bytes))
-        self.qat_step = torch.tensor(step, device=self.runtime.device)
+        self.qat_step = self.grid_step.fill_(step)
         return step
     def masters(self) -> dict[str, Tensor]:
         """This rank's float32 masters by parameter name; of a bank, its slice."""
@@ -966,14 +1123,12 @@ class Optimizer:
         return {name: whole[name] for name in self.names}
     def snapshot(self) -> Callable[[], None]:
         """Copies all state of model and optimizer; the returned function puts it back."""
-        tensors = [*self.model.parameters(), *self.small_masters.values()]
+        tensors = [*self.model.parameters(), self.flat_master, self.mean, self.square, self.steps]
         tensors += [t for bank in self.banks for t in (bank.padded, bank.master, bank.momentum)]
-        saved = [t.detach().clone() for t in tensors]
-        adamw, qat_step = copy.deepcopy(self.adamw.state_dict()), self.qat_step
+        saved, qat_step = [t.detach().clone() for t in tensors], self.qat_step
         @torch.no_grad()
         def restore() -> None:
             torch._foreach_copy_(tensors, saved)
-            self.adamw.load_state_dict(copy.deepcopy(adamw))  # which keeps what it is given
             self.qat_step = qat_step
         return restore
 
@@ -1180,16 +1335,14 @@ def batch_layout(h: Hyperparameters, world_size: int) -> tuple[int, int, int]:
 def graph_count() -> int:  # compiled by this process so far
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
-def capture(function: Callable[[Tensor], list[Tensor]],
-            example: Tensor) -> Callable[[Tensor], list[Tensor]]:
+def capture(function: Callable[[], Any]) -> Callable[[], Any]:
     """`function`, which must have run before, as a CUDA graph: one launch instead of hundreds.
     Each call overwrites the tensors that the last one returned."""
-    held, graph = example.clone(), torch.cuda.CUDAGraph()
-    torch.cuda.empty_cache()  # the graph's activations get memory of their own
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.empty_cache()  # the graph's temporaries get memory of their own
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's thread may run
-        results = function(held)
-    def replay(argument: Tensor) -> list[Tensor]:
-        held.copy_(argument)
+        results = function()
+    def replay() -> Any:
         graph.replay()
         return results
     return replay
@@ -1212,6 +1365,7 @@ class Trainer:
         self.loss = runtime.compile(
             lambda model, tokens, share: model(tokens[:, :-1], tokens[:, 1:]).mean() * share)
         self.gradients: Callable[[Tensor], list[Tensor]] = self.loss_and_gradients
+        self.updates: dict[bool, Callable[[], Tensor]] = {}  # CUDA graphs, by late QAT on or off
     def loss_and_gradients(self, tokens: Tensor) -> list[Tensor]:
         """Share of the global mean loss of one micro-batch, then its gradient by parameter."""
         loss = self.loss(self.model, tokens, 1.0 / (self.micro * self.runtime.world_size))
@@ -1227,7 +1381,22 @@ class Trainer:
                 sums = [g.to(torch.float32, copy=True) for g in new]
             else:
                 torch._foreach_add_(sums, new)
-        return self.optimizer.step(sums[0], lr, momentum, sums[1:])
+        self.optimizer.set(lr, momentum)
+        replay = self.updates.get(self.optimizer.qat_step is not None)
+        return replay() if replay else self.optimizer.update(sums)
+    def capture(self, tokens: Tensor) -> None:
+        """CUDA graphs of what has run before: forward and backward of one micro-batch and, unless
+        ranks or micro-batches share it, the update with or without late QAT as it is now."""
+        if self.gradients == self.loss_and_gradients:
+            held = tokens.chunk(self.micro)[0].clone()
+            replay = capture(lambda: self.loss_and_gradients(held))
+            def gradients(micro: Tensor) -> list[Tensor]:
+                held.copy_(micro)
+                return replay()
+            self.gradients = gradients
+        if self.micro == self.runtime.world_size == 1:
+            sums, late_qat = self.gradients(tokens), self.optimizer.qat_step is not None
+            self.updates[late_qat] = capture(lambda: self.optimizer.update(sums))
     def warm_up(self, evaluator: Evaluator) -> None:
         """Compiles and runs every graph on random tokens, then undoes it bit for bit."""
         h, device = self.h, self.runtime.device
@@ -1240,8 +1409,8 @@ class Trainer:
                 tokens = torch.randint(h.vocab_size, (self.local, h.train_seq_len + 1),
                                        generator=generator, device=device)
                 self.train_step(tokens, 1.0, h.muon_momentum)
-                if step == 0 and device.type == "cuda":
-                    self.gradients = capture(self.gradients, tokens.chunk(self.micro)[0])
+                if step % h.warmup_steps == 0 and device.type == "cuda":
+                    self.capture(tokens)
             evaluator.warm_up(self.model)
         restore()
         self.average = RunningMean(self.optimizer.masters())

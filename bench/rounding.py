@@ -74,22 +74,23 @@ def input_moments(h: tg.Hyperparameters, weights: Weights, windows: Tensor) -> d
             add("out", x)
         return real_linear(x, w)
 
-    def mlp(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    def mlp(x: Tensor, up: Tensor, down: Tensor, scale: float) -> Tensor:
+        x = tg.rms_norm(x) * scale
         post = F.relu(real_linear(x, up)).square()
         add("up", x)
         add("down", post)
         return post @ down
 
     real_heads, real_linear = tg.project_heads, F.linear
-    model = tg.GPT(h, weights, tg.Kernels(tg.sdpa(), mlp))
-    tg.project_heads, F.linear = heads, linear  # type: ignore[assignment]
+    model = tg.GPT(h, weights, tg.Kernels(heads=heads, mlp=mlp))
+    F.linear = linear  # type: ignore[assignment]
     try:
         with torch.no_grad():
             for window in windows:
                 layer = -1
                 model.final_hidden(window[None, :-1])
     finally:
-        tg.project_heads, F.linear = real_heads, real_linear
+        F.linear = real_linear
     return {name: torch.stack(grams) for name, grams in sums.items()}
 
 

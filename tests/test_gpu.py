@@ -48,20 +48,35 @@ def test_a_compiled_training_step_follows_the_eager_one_within_bfloat16():
     assert losses[1][-1] < losses[1][0]
 
 
-def test_the_step_as_a_cuda_graph_follows_the_step_launched_kernel_by_kernel():
-    h = tiny(train_seq_len=128, train_batch_tokens=1024, micro_batch_tokens=512)
-    losses = []
+@pytest.mark.parametrize("micro", [512, 1024])  # with one micro-batch the update is captured too
+def test_the_step_as_cuda_graphs_follows_the_step_launched_kernel_by_kernel(micro):
+    h = tiny(train_seq_len=128, train_batch_tokens=1024, micro_batch_tokens=micro)
+    losses, masters = [], []
     for graph in (False, True):
         trainer = tg.Trainer(h, cuda_runtime(), tg.Kernels())
         generator = torch.Generator("cuda").manual_seed(2)
         batches = [torch.randint(h.vocab_size, (8, 129), device="cuda", generator=generator)
-                   for _ in range(5)]
-        trainer.gradients(batches[0][:4])
-        if graph:
-            trainer.gradients = tg.capture(trainer.gradients, batches[0][:4])
-        losses.append([float(trainer.train_step(batch, 1.0, 0.9)) for batch in batches])
+                   for _ in range(6)]
+        restore = trainer.optimizer.snapshot()
+        for late_qat in (False, True):
+            if late_qat:
+                trainer.optimizer.start_qat(9_000)
+            trainer.train_step(batches[0], 1.0, 0.9)
+            if graph:
+                trainer.capture(batches[0])
+        assert len(trainer.updates) == (2 if graph and micro == 1024 else 0)
+        restore()
+        steps = []
+        for i, batch in enumerate(batches):
+            if i == 4:
+                trainer.optimizer.start_qat(7_000)  # another grid than the graph was captured with
+            steps.append(float(trainer.train_step(batch, 1.0 - i / 6, 0.9)))
+        losses.append(steps)
+        masters.append({n: w.clone() for n, w in trainer.optimizer.masters().items()})
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)  # some reductions use atomics
-    assert len(set(losses[1])) == 5
+    assert len(set(losses[1])) == 6
+    for name, w in masters[0].items():
+        assert float((masters[1][name] - w).norm() / w.norm()) < 2e-2, name
 
 
 @pytest.mark.parametrize("late_qat", [False, True])
@@ -69,7 +84,6 @@ def test_a_step_never_makes_the_host_wait(late_qat):
     trainer = tg.Trainer(tiny(), cuda_runtime(), tg.Kernels())
     tokens = torch.randint(trainer.h.vocab_size, (trainer.local, trainer.h.train_seq_len + 1),
                            device="cuda")
-    trainer.train_step(tokens, 1.0, 0.9)  # AdamW makes its state
     if late_qat:
         trainer.optimizer.start_qat(10_000)
     torch.cuda.synchronize()

@@ -1,6 +1,5 @@
 """The Triton kernels against their plain-torch twins; without a GPU Triton interprets them."""
 
-import importlib
 import os
 import subprocess
 import sys
@@ -33,22 +32,27 @@ def outputs_and_gradients(function: Callable[..., Tensor], arguments: list[Tenso
     return [y.detach(), *torch.autograd.grad(y, leaves, upstream)]
 
 
-# The last two leave partial tiles in rows, columns and depth.
-@pytest.mark.parametrize("rows, width, hidden", [(256, 128, 384), (90, 72, 200), (300, 128, 352)])
-def test_fused_mlp_agrees_with_its_twin(rows: int, width: int, hidden: int) -> None:
-    arguments = tensors((2, rows // 2, width), (hidden, width), (hidden, width))
-    fused = outputs_and_gradients(tg.fused_mlp, arguments)
-    plain = outputs_and_gradients(tg.relu2_mlp, arguments)
-    for name, a, b in zip(("y", "dx", "dup", "ddown"), fused, plain, strict=True):
+def compare(
+    names: str, fused: Callable[..., Tensor], plain: Callable[..., Tensor], arguments: list[Tensor]
+) -> None:
+    """The output and the gradients of two functions, by the norm of their difference."""
+    results = (outputs_and_gradients(function, arguments) for function in (fused, plain))
+    for name, a, b in zip(names.split(), *results, strict=True):
         assert a.shape == b.shape and a.dtype == b.dtype, name
         assert float((a.float() - b.float()).norm() / b.float().norm()) < TOLERANCE, name
 
 
-def test_the_candidate_kernel_for_heads_agrees_with_project_heads(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.syspath_prepend(str(support.REPO / "bench"))
-    heads = importlib.import_module("heads")
+# The last two leave partial tiles in rows, columns and depth.
+@pytest.mark.parametrize("rows, width, hidden", [(256, 128, 384), (90, 72, 200), (300, 128, 352)])
+def test_fused_mlp_agrees_with_its_twin(rows: int, width: int, hidden: int) -> None:
+    x, up, down = tensors((2, rows // 2, width), (hidden, width), (hidden, width))
+    size = torch.linspace(0.2, 5.0, rows).to(x).view(2, rows // 2, 1)  # every row its own norm
+    for scale in (1.0, 0.3):
+        compare("y dx dup ddown", lambda *t, s=scale: tg.fused_mlp(*t, s),
+                lambda *t, s=scale: tg.relu2_mlp(*t, s), [x * size, up, down])  # fmt: skip
+
+
+def test_fused_heads_agree_with_their_twin() -> None:
     rows, length, width, count, kv_heads = 2, 64, 128, 4, 2
     x, w = tensors((rows, length, width), (width + 2 * kv_heads * 32, width))
     gain = tensors((count,))[0].abs() + 0.5
@@ -57,34 +61,52 @@ def test_the_candidate_kernel_for_heads_agrees_with_project_heads(
     def flat(function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Tensor]:
         return lambda *leaves: torch.cat([y.flatten() for y in function(*leaves, rotary)])
 
-    fused = outputs_and_gradients(flat(heads.fused_heads), [x, w, gain])
-    plain = outputs_and_gradients(flat(tg.project_heads), [x, w, gain])
-    for name, a, b in zip(("qkv", "dx", "dw", "dgain"), fused, plain, strict=True):
-        assert a.shape == b.shape and a.dtype == b.dtype, name
-        assert float((a.float() - b.float()).norm() / b.float().norm()) < TOLERANCE, name
+    compare("qkv dx dw dgain", flat(tg.fused_heads), flat(tg.project_heads), [x, w, gain])
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_fused_exclude_agrees_with_its_twin(groups: int) -> None:
+    y, qkv = tensors((2, 64, 2 * groups, 32), (2, 64, 3, 2, 32))
+
+    def of(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+        return lambda y, qkv: function(y, qkv[:, :, 2])  # a view, as the values of a layer are
+
+    compare("out dy dv", of(tg.fused_exclude), of(tg.exclude_self), [y, qkv])
+    assert torch.equal(
+        tg.fused_exclude(y, qkv[:, :, 2]), tg.fused_exclude(y, qkv[:, :, 2].contiguous())
+    )
 
 
 def test_a_negative_input_has_neither_output_nor_gradient() -> None:
     a, b = tensors((64, 32), (48, 32))
-    post = tg.linear_relu2(a, b)
-    slope = tg.linear_relu2(a, b, post)
+    ones = torch.ones(64, device=DEVICE)
+    post = tg.linear_relu2(a, b, ones)
+    slope = tg.linear_relu2(a, b, ones, post)
     negative = a @ b.T < -0.1
     assert 0.2 < float(negative.float().mean()) < 0.8
     assert float(post[negative].abs().max()) == float(slope[negative].abs().max()) == 0.0
     assert float(post[a @ b.T > 0.1].min()) > 0
 
 
-def test_the_operator_describes_itself_truthfully_to_the_compiler() -> None:
+def test_the_operators_describe_themselves_truthfully_to_the_compiler() -> None:
     a, b, post = tensors((64, 32), (48, 32), (64, 48))
-    torch.library.opcheck(tg.linear_relu2, (a, b))
-    torch.library.opcheck(tg.linear_relu2, (a, b, post.square()))
+    scale = torch.rand(64, device=DEVICE)
+    torch.library.opcheck(tg.linear_relu2, (a, b, scale))
+    torch.library.opcheck(tg.linear_relu2, (a, b, scale, post.square()))
+    qkv, dq, dk, dv, gain = tensors((64, 128), (64, 64), (64, 32), (64, 32), (2,))
+    rotary = tg.rotary_table(32, 8, 1e4, qkv.device)
+    torch.library.opcheck(tg.norm_rotate, (qkv, gain, rotary, 32, []))
+    torch.library.opcheck(tg.norm_rotate, (qkv, gain, rotary, 32, [dq, dk, dv]))
+    y, v, dout = tensors((2, 32, 4, 32), (2, 32, 2, 32), (2, 32, 4, 32))
+    torch.library.opcheck(tg.exclude, (y.requires_grad_(), v.requires_grad_(), None))
+    torch.library.opcheck(tg.exclude, (y.detach(), v.detach(), dout))
 
 
-def test_on_a_cpu_the_plain_mlp_is_chosen_and_the_log_says_why() -> None:
+def test_on_a_cpu_the_plain_layers_are_chosen_and_the_log_says_why() -> None:
     lines: list[str] = []
     kernels = tg.choose_kernels(support.tiny(), support.cpu_runtime(), lines.append)  # type: ignore[arg-type]
-    assert kernels.mlp is tg.relu2_mlp
-    assert any("mlp:plain" in line and "CPU" in line for line in lines)
+    assert kernels[1:] == (tg.project_heads, tg.exclude_self, tg.relu2_mlp)
+    assert any("plain layers" in line and "CPU" in line for line in lines)
 
 
 COMPILE_FOR_HOPPER = """
@@ -92,25 +114,36 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 import train_gpt as tg
 
+def report(kernel, signature, constants, **options):
+    signature = dict.fromkeys(kernel.arg_names, "*bf16") | signature
+    signature |= dict.fromkeys(constants, "constexpr")
+    source = ASTSource(kernel, signature, constants)
+    binary = compile(source, GPUTarget("cuda", 90, 32), options)
+    print(kernel.__name__, binary.metadata.shared, "wgmma.mma_async" in binary.asm["ptx"])
+
 m, n, k = tg.RELU2_TILE
 blocks = {"a_desc": (m, k), "b_desc": (n, k), "post_desc": (m, n // 4), "out_desc": (m, n // 4)}
-signature = {name: f"tensordesc<bf16[{r}, {c}]>" for name, (r, c) in blocks.items()}
-for backward in (False, True):
-    source = ASTSource(tg.linear_relu2_kernel, {**signature, "BACKWARD": "constexpr"},
-                       {"BACKWARD": backward})
-    binary = compile(source, GPUTarget("cuda", 90, 32), {"num_warps": 8, "num_stages": 4})
-    print(binary.metadata.shared, "wgmma.mma_async" in binary.asm["ptx"], len(binary.asm["cubin"]))
+products = {name: f"tensordesc<bf16[{r}, {c}]>" for name, (r, c) in blocks.items()}
+heads = dict(HALF=8, H=8, K=4, E=64, ROWS=tg.HEAD_ROWS)
+for BACKWARD in (False, True):
+    report(tg.linear_relu2_kernel, products | {"scales": "*fp32"}, dict(BACKWARD=BACKWARD),
+           num_warps=8, num_stages=4)
+    report(tg.heads_kernel, {"rotary": "*fp32", "dgain": "*fp32" if BACKWARD else "*bf16",
+                             "T": "i32"}, heads | dict(BACKWARD=BACKWARD))
+    report(tg.exclude_kernel, {"V_STRIDE": "i32"},
+           dict(G=2, E=64, ROWS=tg.HEAD_ROWS, BACKWARD=BACKWARD))
 """
 
 
-def test_the_kernel_compiles_for_a_hopper_gpu_and_fits_its_shared_memory() -> None:
+def test_the_kernels_compile_for_a_hopper_gpu_and_fit_its_shared_memory() -> None:
     environment = {**os.environ, "PYTHONPATH": str(support.REPO)}
     environment.pop("TRITON_INTERPRET", None)  # the interpreter accepts what the compiler refuses
     done = subprocess.run([sys.executable, "-c", COMPILE_FOR_HOPPER], env=environment,
-                          capture_output=True, text=True, timeout=300)
+                          capture_output=True, text=True, timeout=300)  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    for line in done.stdout.splitlines():
-        shared, tensor_cores, size = line.split()
-        assert 100_000 < int(shared) <= 232_448
-        assert tensor_cores == "True" and int(size) > 1000
-    assert len(done.stdout.splitlines()) == 2
+    lines = [line.split() for line in done.stdout.splitlines()]
+    names = ("linear_relu2_kernel", "heads_kernel", "exclude_kernel")
+    assert [name for name, *_ in lines] == [*names, *names]
+    for name, shared, tensor_cores in lines:
+        assert int(shared) <= 232_448
+        assert (tensor_cores == "True") == (name == "linear_relu2_kernel")

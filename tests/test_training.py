@@ -94,9 +94,10 @@ def state_of(trainer: Trainer) -> dict[str, Tensor]:
     state |= {f"mean {n}": t for n, t in trainer.average.mean.items()}
     for bank in optimizer.banks:
         state |= {f"padded {bank.name}": bank.padded, f"momentum {bank.name}": bank.momentum}
-    for number, moments in enumerate(optimizer.adamw.state.values()):
-        state |= {f"adamw {number} {k}": torch.as_tensor(v) for k, v in moments.items()}
     state |= {
+        "adamw mean": optimizer.mean,
+        "adamw square": optimizer.square,
+        "adamw steps": optimizer.steps,
         "torch rng": torch.get_rng_state(),
         "numpy rng": torch.from_numpy(np.random.get_state()[1].astype(np.int64)),  # type: ignore
         "average count": torch.tensor(trainer.average.count),
