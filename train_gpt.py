@@ -900,9 +900,10 @@ class GPT(nn.Module):
         up, down = up.unbind(0), (down * self.mlp_scale[:, None]).unbind(0)
         x0, skips = x, [x][:0]  # no skips yet
         for i in range(layers):
+            keep, mixed = self.resid_mix[i, 0], self.resid_mix[i, 1] * x0
             if i >= layers - layers // 2:  # decoder half, mirrors the encoder half
-                x = x + self.skip_weight[i - (layers - layers // 2)] * skips.pop()
-            x = self.resid_mix[i, 0] * x + self.resid_mix[i, 1] * x0
+                mixed += keep * self.skip_weight[i - (layers - layers // 2)] * skips.pop()
+            x = keep * x + mixed
             ve_index, depth = i - (layers - h.ve_layers), (i + 1) ** -0.5  # pg#315 damps by depth
             added = self.ve_scale[ve_index] * ve if ve_index >= 0 else None
             q, k, v = self.kernels.heads(rms_norm(x) * depth, qkv[i], self.q_gain[i], rotary)

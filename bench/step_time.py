@@ -4,9 +4,9 @@
 
 Shape: one rank's share of the submitted run, 48 x 2048 tokens a step; environment variables
 override hyperparameters as they do for train_gpt.py.  Forward and forward + backward are CUDA-event
-medians, launched kernel by kernel and as the CUDA graph that training replays; `step` is the wall
-clock of 20 steps in a row; the optimizer's time is the step's less the graph's; `host gap` is the
-step's time less the time in which some kernel ran.
+medians, launched kernel by kernel and as the CUDA graph that training replays; `step` and the
+evaluation forward are wall clocks of 20 in a row; the optimizer's time is the step's less the
+graph's; the host gap is the time in a trace of ten steps in a row in which no kernel ran.
 """
 from __future__ import annotations
 
@@ -63,16 +63,29 @@ def wall_ms(function, repeats: int = 20) -> float:
     return (time.perf_counter() - began) / repeats * 1e3
 
 
-def kernel_times(function, steps: int = 3) -> tuple[dict[str, float], float]:
-    """Device milliseconds per call of `function` by kernel name, and kernels per call."""
+def kernel_times(function, steps: int = 10) -> dict:
+    """From a trace of `steps` calls in a row on a warm device, per call: milliseconds by kernel
+    name, kernels, milliseconds from the first kernel to the last, and those when none ran."""
+    schedule = torch.profiler.schedule(wait=0, warmup=5, active=steps)
     activities = [torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profiler:
-        for _ in range(steps):
+    with torch.profiler.profile(activities=activities, schedule=schedule) as profiler:
+        for _ in range(steps + 5):
             function()
-        torch.cuda.synchronize()
-    kernels = [e for e in profiler.key_averages() if e.self_device_time_total > 0]
-    return ({e.key: e.self_device_time_total / 1e3 / steps for e in kernels},
-            sum(e.count for e in kernels) / steps)
+            if profiler.step_num == steps + 4:
+                torch.cuda.synchronize()  # before the trace ends
+            profiler.step()
+    spans = sorted((e.time_range.start, e.time_range.end, e.name) for e in profiler.events()
+                   if e.device_type == torch.autograd.DeviceType.CUDA and e.time_range.end > 0)
+    spans = [span for span in spans if not span[2].startswith("ProfilerStep")]
+    kernels: dict[str, float] = {}
+    busy, until = 0.0, spans[0][0]
+    for start, end, name in spans:
+        kernels[name] = kernels.get(name, 0.0) + (end - start) / 1e3 / steps
+        busy += max(0.0, end - max(start, until)) / 1e3 / steps
+        until = max(until, end)
+    span = (until - spans[0][0]) / 1e3 / steps
+    return {"kernels": dict(sorted(kernels.items(), key=lambda item: -item[1])),
+            "launches": len(spans) / steps, "span": span, "idle": span - busy}
 
 
 def group_of(kernel: str) -> str:
@@ -105,20 +118,22 @@ def measure() -> dict:
         "forward": median_ms(forward),
         "forward_backward": median_ms(lambda: torch.autograd.grad(forward(), parameters)),
     }
-    with torch.no_grad():
-        losses = runtime.compile(tg.GPT.forward)
-        result["eval_forward"] = median_ms(
-            lambda: losses(trainer.model, tokens[:, :-1], tokens[:, 1:]))
+    losses = torch.no_grad()(runtime.compile(tg.GPT.forward))
+
+    def evaluate():
+        return losses(trainer.model, tokens[:, :-1], tokens[:, 1:])
+
+    result["eval_forward"] = wall_ms(evaluate)
+    result["evaluation"] = kernel_times(evaluate)
     trainer.capture(tokens)
     result["graph"] = median_ms(lambda: trainer.gradients(tokens))
     result["step"] = wall_ms(step)
-    kernels, result["launches"] = kernel_times(step)
     trainer.optimizer.start_qat(trainer.weight_bytes())
     step()
     trainer.capture(tokens)
     result["step_with_qat"] = wall_ms(step)
-    result["kernels"] = dict(sorted(kernels.items(), key=lambda item: -item[1]))
-    result["busy"] = sum(kernels.values())
+    trainer.optimizer.qat_step = None
+    result |= kernel_times(step)
     result["peak_memory_gib"] = torch.cuda.max_memory_reserved() / 2**30
     return result
 
@@ -132,7 +147,7 @@ def table(result: dict) -> str:
                      ("forward + backward, graph", result["graph"]),
                      ("optimizer", result["step"] - result["graph"]),
                      ("step", result["step"]), ("step with late QAT", result["step_with_qat"]),
-                     ("host gap", result["step"] - result["busy"]),
+                     ("host gap", result["idle"]), ("step, traced", result["span"]),
                      ("evaluation forward", result["eval_forward"])):
         lines.append(f"{name:26s}{ms:8.2f} ms")
     rate, scored = (result["tokens"] / result[n] / 1e3 for n in ("step", "eval_forward"))
