@@ -66,17 +66,14 @@ def wall_ms(function, repeats: int = 20) -> float:
 def kernel_times(function, steps: int = 10) -> dict:
     """From a trace of `steps` calls in a row on a warm device, per call: milliseconds by kernel
     name, kernels, milliseconds from the first kernel to the last, and those when none ran."""
-    schedule = torch.profiler.schedule(wait=0, warmup=5, active=steps)
-    activities = [torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities, schedule=schedule) as profiler:
-        for _ in range(steps + 5):
+    warm, activities = 5, [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiler:
+        for _ in range(warm + steps):
             function()
-            if profiler.step_num == steps + 4:
-                torch.cuda.synchronize()  # before the trace ends
-            profiler.step()
+        torch.cuda.synchronize()
     spans = sorted((e.time_range.start, e.time_range.end, e.name) for e in profiler.events()
-                   if e.device_type == torch.autograd.DeviceType.CUDA and e.time_range.end > 0)
-    spans = [span for span in spans if not span[2].startswith("ProfilerStep")]
+                   if e.device_type == torch.autograd.DeviceType.CUDA)
+    spans = spans[len(spans) * warm // (warm + steps):]  # every call has the same kernels
     kernels: dict[str, float] = {}
     busy, until = 0.0, spans[0][0]
     for start, end, name in spans:
