@@ -285,8 +285,7 @@ class Stopwatch:
 
 def write_atomic(path: Path, content: bytes) -> None:
     """Either the whole new file or the old one: temporary file, fsync, rename."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
+    with (temporary := path.with_name(path.name + ".tmp")).open("wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
@@ -349,10 +348,9 @@ def prefetch(plan: BatchPlan, rows: range, vocab_size: int, device: torch.device
              depth: int = 4) -> Generator[Tensor]:
     """This rank's rows of batches 0, 1, 2 ... on `device`, read ahead by one thread."""
     def read(step: int) -> Tensor:
-        batch = plan.tokens(step, rows)
-        check_vocabulary(batch, vocab_size, f"training batch {step}")
-        staged = torch.from_numpy(batch)
-        return staged.pin_memory() if device.type == "cuda" else staged
+        batch = torch.from_numpy(plan.tokens(step, rows))
+        check_vocabulary(batch.numpy(), vocab_size, f"training batch {step}")
+        return batch.pin_memory() if device.type == "cuda" else batch
     with ThreadPoolExecutor(1) as reader:
         pending = collections.deque(reader.submit(read, step) for step in range(depth))
         for step in itertools.count(depth):
