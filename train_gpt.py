@@ -17,9 +17,8 @@ the same name in capitals overrides it.  Sections: 1 constants, 2 hyperparameter
 10 pack and unpack, 11 evaluation, 12 training, 13 report and main.
 
 Shapes: B sequences, T positions, D model width, H query heads, K key/value heads, E head width,
-V vocabulary, L layers, N matrices of a bank, R rows, C columns.  A name ending in `_BTD` has that
-shape.  Losses are nats per token, scores bits per UTF-8 byte, times seconds unless the name says
-otherwise, sizes bytes.
+V vocabulary, L layers, N matrices of a bank, R rows, C columns; a name ending in `_BTD` has that
+shape.  Units unless said otherwise: nats per token, bits per UTF-8 byte, seconds, bytes.
 """
 from __future__ import annotations
 
@@ -61,21 +60,21 @@ except ImportError:  # builds of torch for the CPU come without it
 
 # ---- 1. Constants of the challenge's formats ----------------------------------------------------
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 256 * 4
-BOS_ID = 1  # every document starts with it
-SPACE = "\u2581"  # SentencePiece's mark of a leading space
+BOS_ID, SPACE = 1, "\u2581"  # start of every document; SentencePiece's mark of a leading space
 ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGOLFGPT", 1
 FINEWEB_VAL_TOKENS = {1024: 62_021_632}  # scored tokens of the published split, by vocabulary
+GET_DATA = "fetch or build it with `python prepare_data.py fineweb`, or set DATA_PATH=sample"
 SOURCE = Path(__file__).resolve()
 
 class RunError(Exception):
     """A mistake the user can mend: what, where, expected, found, remedy.  Never a traceback."""
 
 # ---- 2. Hyperparameters -------------------------------------------------------------------------
-RETIRED = {  # names of the challenge's baseline that mean nothing here -> what to set instead
-    "MLP_MULT": "MLP_HIDDEN", "TIED_EMBED_LR": "EMBED_LR", "HEAD_LR": "EMBED_LR",
-    "TIE_EMBEDDINGS": "nothing: they are always tied", "MUON_BACKEND_STEPS": "MUON_STEPS",
-    "MUON_MOMENTUM_WARMUP_START": "MUON_MOMENTUM_START",
-    "MUON_MOMENTUM_WARMUP_STEPS": "MOMENTUM_WARMUP_FRACTION"}
+RETIRED = dict(  # names of the challenge's baseline that mean nothing here -> what to set instead
+    MLP_MULT="MLP_HIDDEN", TIED_EMBED_LR="EMBED_LR", HEAD_LR="EMBED_LR",
+    MUON_BACKEND_STEPS="MUON_STEPS", TIE_EMBEDDINGS="nothing: they are always tied",
+    MUON_MOMENTUM_WARMUP_START="MUON_MOMENTUM_START",
+    MUON_MOMENTUM_WARMUP_STEPS="MOMENTUM_WARMUP_FRACTION")
 
 @dataclass(frozen=True)
 class Hyperparameters:
@@ -132,11 +131,10 @@ class Hyperparameters:
     swa_threshold: float = 0.2  # average the masters while the lr scale is below
     qat_threshold: float = 0.15  # round the working weights while the lr scale is below
     warmup_steps: int = 2  # untimed steps on random tokens for each graph, then undone
-    # Export
+    # Export, evaluation and log
     artifact_bytes: int = 16_000_000  # code plus packed weights stay below
     int8_step_ratio: float = 0.7  # step of layers 0 and L-1 against the others'
     zstd_level: int = 22  # the highest; packing takes seconds
-    # Evaluation and log
     eval_stride: int = 64  # new tokens scored per sliding window; 0: plain windows only
     val_batch_size: int = 524_288  # tokens per evaluation batch, over all ranks
     val_loss_every: int = 1000  # steps; 0: only at the end
@@ -145,32 +143,35 @@ class Hyperparameters:
     kv_dim = property(lambda self: self.num_kv_heads * self.head_dim)
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> Hyperparameters:
-        """Preset plus overrides.  Raises RunError naming the variable, its value and the fix."""
+        """Preset plus overrides.  A name that looks like one but would be ignored is refused."""
+        kinds = {f.name.upper(): str(f.type) for f in dataclasses.fields(cls)}
         preset = env.get("PRESET", "card")
         if preset not in PRESETS:
             raise RunError(f"PRESET={preset!r}: unknown; set one of {', '.join(PRESETS)}")
-        fields = {f.name.upper(): f for f in dataclasses.fields(cls)}
-        refuse_unknown(env, list(fields))
-        overrides = {name.lower(): parse_override(name, env[name], str(fields[name].type))
-                     for name in fields.keys() & env.keys()}
-        h = cls(**{**PRESETS[preset], **overrides})
-        h.validate()
-        return h
-    def validate(self) -> None:
+        values = dict(PRESETS[preset])
+        for name, text in env.items():
+            if name in kinds:
+                values[name.lower()] = parse_override(name, text, kinds[name])
+            elif name in RETIRED:
+                raise RunError(f"{name}={text!r}: not a setting here; set {RETIRED[name]}")
+            elif close := difflib.get_close_matches(name, kinds, n=1, cutoff=0.9):
+                raise RunError(f"{name}={text!r}: unknown variable; did you mean {close[0]}?")
+        return cls(**values)
+    def __post_init__(self) -> None:
         """Raises RunError for the first combination that cannot run."""
-        inf = math.inf
-        for names, low, high in (
-            ("vocab_size num_layers", 2, inf),
-            ("model_dim num_heads num_kv_heads mlp_hidden ve_layers ve_dim train_seq_len "
-             "train_batch_tokens train_log_every warmup_steps val_batch_size iterations "
-             "muon_steps", 1, inf),
-            ("rope_base logit_softcap adam_eps warmdown_fraction", 1e-12, inf),
-            ("beta1 beta2 muon_momentum muon_momentum_start", 0, 1 - 1e-9),
-            ("warmdown_fraction momentum_warmup_fraction", 0, 1), ("zstd_level", 1, 22)):
+        def require(holds: bool, name: str, remedy: str) -> None:
+            if not holds:
+                raise RunError(f"{name.upper()}={getattr(self, name)!r}: {remedy}")
+        for low, high, names in (
+            (2, math.inf, "vocab_size num_layers"),
+            (1, math.inf, "model_dim num_heads num_kv_heads mlp_hidden ve_layers ve_dim iterations "
+             "train_seq_len train_batch_tokens val_batch_size train_log_every muon_steps "
+             "warmup_steps"),
+            (1e-12, math.inf, "rope_base logit_softcap adam_eps warmdown_fraction"),
+            (0, 1 - 1e-9, "beta1 beta2 muon_momentum muon_momentum_start"),
+            (0, 1, "warmdown_fraction momentum_warmup_fraction"), (1, 22, "zstd_level")):
             for name in names.split():
-                if not low <= getattr(self, name) <= high:
-                    span = f"{low} or more" if high == inf else f"{low} to {high}"
-                    raise RunError(f"{name.upper()}={getattr(self, name)!r}: set {span}")
+                require(low <= getattr(self, name) <= high, name, f"set it within {low} to {high}")
         for name, must, other in (
             ("num_heads", "divide", "model_dim"), ("num_kv_heads", "divide", "num_heads"),
             ("train_seq_len", "divide", "train_batch_tokens"),
@@ -178,46 +179,31 @@ class Hyperparameters:
             ("eval_stride", "not exceed", "train_seq_len"), ("rope_dims", "not exceed", "head_dim"),
             ("xsa_layers", "not exceed", "num_layers"), ("ve_layers", "not exceed", "num_layers")):
             mine, its = getattr(self, name), getattr(self, other)
-            if its % mine if must == "divide" else mine > its:
-                raise RunError(f"{name.upper()}={mine}: must {must} {other.upper()}={its}")
-        if self.rope_dims % 2:
-            raise RunError(f"ROPE_DIMS={self.rope_dims}: must be even")
-        if self.eval_only and self.resume_from:
-            raise RunError(f"EVAL_ONLY={self.eval_only}: unset it or RESUME_FROM")
-        if self.parameters() // 4 >= self.artifact_bytes:
-            raise RunError(f"ARTIFACT_BYTES={self.artifact_bytes}: {self.parameters():,} weights "
-                           "need 2 bits each; raise it or lower MLP_HIDDEN")
+            require(its % mine == 0 if must == "divide" else mine <= its, name,
+                    f"must {must} {other.upper()}={its}")
+        require(self.device in ("auto", "cpu", "cuda"), "device", "set auto, cpu or cuda")
+        require(self.rope_dims % 2 == 0, "rope_dims", "must be even")
+        require(not (self.eval_only and self.resume_from), "eval_only", "unset it or RESUME_FROM")
+        require(self.parameters() // 4 < self.artifact_bytes, "artifact_bytes",
+                f"{self.parameters():,} weights need 2 bits each; raise it or lower MLP_HIDDEN")
     def parameters(self) -> int:
         """Number of trained parameters, from the shapes alone."""
         return sum(math.prod(shape) for shape in parameter_shapes(self).values())
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "card": {},
-    "smoke": dict(  # the same code at a size that a CPU trains in two minutes
+    "card": {}, "smoke": dict(  # the same code at a size that a CPU trains in two minutes
         run_id="smoke", data_path="sample", tokenizer_path="", output_dir="./smoke_run",
         num_layers=4, model_dim=128, num_heads=4, num_kv_heads=2, mlp_hidden=352, rope_dims=8,
         xsa_layers=2, ve_dim=32, iterations=300, max_wallclock_seconds=60.0, train_seq_len=256,
-        train_batch_tokens=4096, val_batch_size=16_384, val_loss_every=100, train_log_every=20),
-}
-
-def refuse_unknown(env: Mapping[str, str], known: list[str]) -> None:
-    """An override that would be silently ignored is an error: retired names and near misses."""
-    for name in env:
-        if name in RETIRED:
-            raise RunError(f"{name}={env[name]!r}: not a setting here; set {RETIRED[name]}")
-        close = difflib.get_close_matches(name, known, n=1, cutoff=0.9)
-        if close and name not in known:
-            raise RunError(f"{name}={env[name]!r}: unknown variable; did you mean {close[0]}?")
+        train_batch_tokens=4096, val_batch_size=16_384, val_loss_every=100, train_log_every=20)}
 
 def parse_override(name: str, text: str, kind: str) -> int | float | str:
     """`text` as int, float or str.  Raises RunError with the variable, the value and the fix."""
-    try:
+    with contextlib.suppress(ValueError):
         value = text if kind == "str" else int(text) if kind == "int" else float(text)
-    except ValueError:
-        raise RunError(f"{name}={text!r}: expected {kind}; unset it or set a number") from None
-    if not isinstance(value, str) and not 0 <= value < math.inf:
-        raise RunError(f"{name}={text!r}: expected a finite number of at least 0")
-    return value
+        if isinstance(value, str) or 0 <= value < math.inf:
+            return value
+    raise RunError(f"{name}={text!r}: expected a finite {kind} of at least 0; set one or unset it")
 
 # ---- 3. Runtime: ranks and devices, log, clock --------------------------------------------------
 @dataclass(frozen=True)
@@ -232,11 +218,9 @@ class Runtime:
         """Joins torchrun's process group if there is one and claims the device."""
         rank, local = int(env.get("RANK", 0)), int(env.get("LOCAL_RANK", 0))
         world, gpus = int(env.get("WORLD_SIZE", 1)), torch.cuda.device_count()
-        if h.device not in ("auto", "cpu", "cuda"):
-            raise RunError(f"DEVICE={h.device!r}: set auto, cpu or cuda")
+        cuda = gpus > 0 if h.device == "auto" else h.device == "cuda"
         if h.compile_backend not in ("auto", "none", *torch.compiler.list_backends(())):
             raise RunError(f"COMPILE_BACKEND={h.compile_backend!r}: set auto, none or inductor")
-        cuda = gpus > 0 if h.device == "auto" else h.device == "cuda"
         if cuda and local >= gpus:
             raise RunError(f"LOCAL_RANK={local}: this machine has {gpus} GPUs; lower "
                            "--nproc_per_node or set DEVICE=cpu")
@@ -244,8 +228,7 @@ class Runtime:
             torch.cuda.set_device(local)
         if world > 1:
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
-        automatic = "inductor" if cuda else "none"
-        backend = automatic if h.compile_backend == "auto" else h.compile_backend
+        backend = {"auto": "inductor" if cuda else "none"}.get(h.compile_backend, h.compile_backend)
         return cls(torch.device(f"cuda:{local}" if cuda else "cpu"), rank, world, backend)
     # of working weights and activations
     dtype = property(lambda self: torch.bfloat16 if self.device.type == "cuda" else torch.float32)
@@ -288,22 +271,20 @@ class RunLog:
 class Stopwatch:
     """Seconds of training: runs between `start` and `stop`, which wait for the device."""
     def __init__(self, device: torch.device):
-        self.device, self.total, self.began = device, 0.0, math.nan
+        self.device, self.total, self.began = device, 0.0, math.inf  # not begun
     def start(self) -> None:
         self.stop()
         self.began = time.perf_counter()
     def stop(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-        self.total, self.began = self.elapsed(), math.nan
+        self.total, self.began = self.elapsed(), math.inf
     def elapsed(self) -> float:
-        running = not math.isnan(self.began)
-        return self.total + (time.perf_counter() - self.began if running else 0.0)
+        return self.total + max(0.0, time.perf_counter() - self.began)
 
 def write_atomic(path: Path, content: bytes) -> None:
     """Either the whole new file or the old one: temporary file, fsync, rename."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
+    with (temporary := path.with_name(path.name + ".tmp")).open("wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
@@ -312,32 +293,25 @@ def write_atomic(path: Path, content: bytes) -> None:
 # ---- 4. Data ------------------------------------------------------------------------------------
 def read_shard(path: Path) -> np.ndarray:
     """Memory-mapped uint16 tokens of one shard.  Raises RunError if it is not a whole shard."""
-    remedy = "fetch or build it again with prepare_data.py"
     try:
-        header = np.fromfile(path, dtype="<i4", count=256)
-        size = path.stat().st_size
-    except OSError as error:
-        raise RunError(f"{path}: cannot be read ({error.strerror}); {remedy}") from None
-    if header.size < 256 or (header[0], header[1]) != (SHARD_MAGIC, SHARD_VERSION):
-        raise RunError(f"{path}: not a token shard: expected magic {SHARD_MAGIC} and version "
-                       f"{SHARD_VERSION}, found {header[:2].tolist()}; {remedy}")
-    expected = SHARD_HEADER_BYTES + 2 * int(header[2])
-    if size != expected:
-        raise RunError(f"{path}: expected {expected} bytes for its {int(header[2])} tokens, "
-                       f"found {size}; {remedy}")
-    with path.open("rb") as file:
-        pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        with path.open("rb") as file:
+            pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: cannot be mapped ({error}); {GET_DATA}") from None
     # Windows are drawn at random: without this a cold batch of 48 took 800 ms, with it 1 ms.
     pages.madvise(mmap.MADV_RANDOM)
+    magic, version, count = struct.unpack("<3i", pages[:12].ljust(12, b"\0"))
+    expected = SHARD_HEADER_BYTES + 2 * count
+    if (magic, version, len(pages)) != (SHARD_MAGIC, SHARD_VERSION, expected) or count < 0:
+        raise RunError(f"{path}: expected {expected} bytes of magic {SHARD_MAGIC}, version "
+                       f"{SHARD_VERSION}, found {len(pages)} of {[magic, version]}; {GET_DATA}")
     return np.frombuffer(pages, dtype="<u2", offset=SHARD_HEADER_BYTES)
 
 def open_split(data_path: str, split: str) -> list[np.ndarray]:
     """All shards of `split` (train or val), in name order."""
-    paths = sorted(Path(data_path).glob(f"fineweb_{split}_*.bin"))
-    if not paths:
-        raise RunError(f"DATA_PATH={data_path}: expected fineweb_{split}_*.bin, found none; run "
-                       "`python prepare_data.py fineweb`, or set DATA_PATH=sample")
-    return [read_shard(path) for path in paths]
+    if paths := sorted(Path(data_path).glob(f"fineweb_{split}_*.bin")):
+        return [read_shard(path) for path in paths]
+    raise RunError(f"DATA_PATH={data_path}: found no fineweb_{split}_*.bin; {GET_DATA}")
 
 def check_vocabulary(tokens: np.ndarray, vocab_size: int, where: str) -> None:
     if tokens.size and int(tokens.max()) >= vocab_size:
@@ -345,55 +319,42 @@ def check_vocabulary(tokens: np.ndarray, vocab_size: int, where: str) -> None:
                        f"VOCAB_SIZE={vocab_size}; use the shards of this vocabulary")
 
 class BatchPlan:
-    """Which windows make batch i: a seeded shuffle over all shards, new in every epoch, as is the
-    offset of the windows.  Batch i is the same (batch_seqs, T+1) tokens for any number of ranks;
-    a rank reads its rows only."""
+    """Windows of all shards, shuffled by the seed, each epoch from another offset in another order.
+    Batch i is the same (batch_seqs, T+1) tokens for any number of ranks, which read their rows."""
     def __init__(self, shards: list[np.ndarray], seq_len: int, batch_seqs: int, seed: int):
         self.shards, self.seq_len, self.batch_seqs, self.seed = shards, seq_len, batch_seqs, seed
-        per_shard = [max(0, (len(shard) - seq_len) // seq_len) for shard in shards]
-        self.ends = np.cumsum(per_shard)
-        self.windows_per_epoch = int(self.ends[-1])
+        self.starts = np.cumsum([0, *(max(0, len(shard) // seq_len - 1) for shard in shards)])
+        self.windows_per_epoch, self.epoch = int(self.starts[-1]), -1
         if self.windows_per_epoch == 0:
             raise RunError(f"training shards: expected at least one of {2 * seq_len} tokens, found "
                            f"{max(map(len, shards))}; lower TRAIN_SEQ_LEN or add text")
-        self._order: dict[int, tuple[int, np.ndarray]] = {}
-    def _epoch(self, epoch: int) -> tuple[int, np.ndarray]:
-        """Offset of the window grid in tokens and the order of the windows."""
-        if epoch not in self._order:
-            generator = np.random.Generator(np.random.PCG64([self.seed, epoch]))
-            offset = int(generator.integers(self.seq_len))
-            self._order = {epoch: (offset, generator.permutation(self.windows_per_epoch))}
-        return self._order[epoch]
     def window(self, position: int) -> tuple[int, int]:
         """(shard, first token) of the window at `position` of the endless shuffled sequence."""
         epoch, index = divmod(position, self.windows_per_epoch)
-        offset, order = self._epoch(epoch)
-        ordinal = int(order[index])
-        shard = int(np.searchsorted(self.ends, ordinal, side="right"))
-        first = ordinal - (int(self.ends[shard - 1]) if shard else 0)
-        return shard, offset + first * self.seq_len
+        if epoch != self.epoch:
+            generator = np.random.Generator(np.random.PCG64([self.seed, epoch]))
+            self.epoch, self.offset = epoch, int(generator.integers(self.seq_len))
+            self.order = generator.permutation(self.windows_per_epoch)
+        shard = int(np.searchsorted(self.starts, self.order[index], side="right")) - 1
+        return shard, self.offset + int(self.order[index] - self.starts[shard]) * self.seq_len
     def tokens(self, step: int, rows: range) -> np.ndarray:
         """Rows of batch `step`: (len(rows), T+1) int64, inputs and targets overlapping."""
-        out = np.empty((len(rows), self.seq_len + 1), dtype=np.int64)
-        for i, row in enumerate(rows):
-            shard, start = self.window(step * self.batch_seqs + row)
-            out[i] = self.shards[shard][start : start + self.seq_len + 1]
-        return out
+        windows = (self.window(step * self.batch_seqs + row) for row in rows)
+        return np.stack([self.shards[shard][first : first + self.seq_len + 1]
+                         for shard, first in windows], dtype=np.int64)
 
 def prefetch(plan: BatchPlan, rows: range, vocab_size: int, device: torch.device,
              depth: int = 4) -> Generator[Tensor]:
     """This rank's rows of batches 0, 1, 2 ... on `device`, read ahead by one thread."""
     def read(step: int) -> Tensor:
-        batch = plan.tokens(step, rows)
-        check_vocabulary(batch, vocab_size, f"training batch {step}")
-        staged = torch.from_numpy(batch)
-        return staged.pin_memory() if device.type == "cuda" else staged
+        batch = torch.from_numpy(plan.tokens(step, rows))
+        check_vocabulary(batch.numpy(), vocab_size, f"training batch {step}")
+        return batch.pin_memory() if device.type == "cuda" else batch
     with ThreadPoolExecutor(1) as reader:
         pending = collections.deque(reader.submit(read, step) for step in range(depth))
         for step in itertools.count(depth):
-            batch = pending.popleft().result()
             pending.append(reader.submit(read, step))
-            yield batch.to(device, non_blocking=True)
+            yield pending.popleft().result().to(device, non_blocking=True)
 
 @dataclass(frozen=True)
 class ByteTable:
@@ -403,61 +364,49 @@ class ByteTable:
     boundary: np.ndarray  # bool, control and unknown tokens
     def count(self, tokens: np.ndarray) -> int:
         """Bytes of tokens[1:], each given its predecessor."""
-        total = 0
-        for start in range(0, len(tokens) - 1, 1 << 22):  # bounds the temporaries
-            piece = np.asarray(tokens[start : start + (1 << 22) + 1], dtype=np.int64)
-            previous, target = piece[:-1], piece[1:]
-            spaces = self.leading_space[target] & ~self.boundary[previous]
-            total += int(self.base[target].sum()) + int(spaces.sum())
-        return total
+        counts = np.bincount(tokens[1:], minlength=len(self.base))
+        no_space = self.leading_space[tokens[1:][self.boundary[tokens[:-1]]]].sum()
+        return int(counts @ (self.base + self.leading_space) - no_space)
 
 def load_byte_table(tokenizer_path: str, vocab_size: int) -> ByteTable:
     """From a SentencePiece model.  Raises RunError if missing or of another vocabulary."""
-    if not Path(tokenizer_path).is_file():
-        raise RunError(f"TOKENIZER_PATH={tokenizer_path}: no such file; run `python "
-                       "prepare_data.py fineweb`, or set DATA_PATH=sample")
     try:
-        sp = sentencepiece.SentencePieceProcessor(model_file=tokenizer_path)
+        sp = sentencepiece.SentencePieceProcessor(model_file=str(Path(tokenizer_path)))
     except (RuntimeError, OSError):
-        raise RunError(f"TOKENIZER_PATH={tokenizer_path}: not a SentencePiece model") from None
+        fault = "not a SentencePiece model" if Path(tokenizer_path).is_file() else "no such file"
+        raise RunError(f"TOKENIZER_PATH={tokenizer_path}: {fault}; {GET_DATA}") from None
     if sp.vocab_size() != vocab_size:
         raise RunError(f"TOKENIZER_PATH={tokenizer_path}: expected VOCAB_SIZE={vocab_size} pieces, "
                        f"found {sp.vocab_size()}; set both to the same vocabulary")
-    pieces = [sp.id_to_piece(i) for i in range(vocab_size)]
-    boundary = [sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in range(vocab_size)]
-    base = [0 if boundary[i] else 1 if sp.is_byte(i) else len(piece.removeprefix(SPACE).encode())
-            for i, piece in enumerate(pieces)]
-    leading = [piece.startswith(SPACE) and not boundary[i] for i, piece in enumerate(pieces)]
-    return ByteTable(np.array(base), np.array(leading), np.array(boundary))
-
+    ids = list(range(vocab_size))
+    boundary = np.any([sp.is_control(ids), sp.is_unknown(ids), sp.is_unused(ids)], axis=0)
+    pieces = sp.id_to_piece(ids)
+    sizes = np.where(sp.is_byte(ids), 1, [len(p.removeprefix(SPACE).encode()) for p in pieces])
+    spaced = np.array([piece.startswith(SPACE) for piece in pieces])
+    return ByteTable(np.where(boundary, 0, sizes), spaced & ~boundary, boundary)
 
 # ---- 5. Quantizer: one grid for late QAT and for export -----------------------------------------
 # An entropy-coded uniform quantiser is near the rate-distortion bound when every weight of equal
 # sensitivity has the same step; the rate is then log2(sigma/step) + 2 bits.  So a row's scale is
 # the common `step`, the one number the byte budget decides, unless its largest weights would
 # leave the code range: then the clip is searched (GPTQ-lite).
-
 CLIP_RATIOS = (1.0, 0.92, 0.84, 0.75, 0.6)  # of the row's largest magnitude
 
-@dataclass(frozen=True)
-class Grid:
+class Grid(NamedTuple):
     """How a tensor, seen as N matrices (N, R, C), is rounded."""
     qmax: tuple[int, ...]  # largest code per matrix: 31 for int6, 127 for int8
     step_ratio: tuple[float, ...]  # scale floor = ratio * step; 0: each row by its own maximum
     def tensors(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """qmax and step_ratio as (N, 1, 1) float32 on the device of `like`."""
-        qmax, ratio = (torch.tensor(x, dtype=torch.float32, device=like.device).view(-1, 1, 1)
-                       for x in (self.qmax, self.step_ratio))
-        return qmax, ratio
+        both = torch.tensor(self, dtype=torch.float32, device=like.device)[:, :, None, None]
+        return both[0], both[1]
 
 def export_grids(h: Hyperparameters) -> dict[str, Grid]:
     """The grid of every rounded parameter; a parameter without one is stored in float16."""
-    int8 = [layer in (0, h.num_layers - 1) for layer in range(h.num_layers)] * 2
-    qmax = tuple(127 if wide else 31 for wide in int8)
-    ratio = tuple(h.int8_step_ratio if wide else 1.0 for wide in int8)
-    banks = {name: Grid(qmax, ratio) for name in ("qo_bank", "kv_bank", "mlp_bank")}
-    tables = {name: Grid((127,), (0.0,)) for name in ("tok_emb", "ve_emb", "ve_proj")}
-    return banks | tables
+    inner, ratio = h.num_layers - 2, h.int8_step_ratio  # layers 0 and L-1 are int8
+    bank = Grid((127, *[31] * inner, 127) * 2, (ratio, *[1.0] * inner, ratio) * 2)
+    return (dict.fromkeys(("qo_bank", "kv_bank", "mlp_bank"), bank)
+            | dict.fromkeys(("tok_emb", "ve_emb", "ve_proj"), Grid((127,), (0.0,))))
 
 def short_scale(x: Tensor) -> Tensor:
     """`x` to 16 significant bits: code times scale is exact, so rounding again changes nothing."""
@@ -470,13 +419,12 @@ def row_scales(w_NRC: Tensor, floor: Tensor, qmax: Tensor) -> Tensor:
     widest = w_NRC.abs().amax(-1, keepdim=True) / qmax
     floor = short_scale(floor.clamp_min(1e-30))  # never 0, for rows of zeros
     price = floor.square() * (math.log(2) / 6 * w_NRC.shape[-1])
-    candidates = [torch.maximum(short_scale(widest * ratio), floor) for ratio in CLIP_RATIOS]
-    costs = []
-    for scale in candidates:
+    scales = torch.stack([torch.maximum(short_scale(widest * clip), floor) for clip in CLIP_RATIOS])
+    def cost(scale: Tensor) -> Tensor:
         error = (w_NRC - dequantize(encode(w_NRC, scale, qmax), scale)).square()
-        costs.append(error.sum(-1, keepdim=True) - price * torch.log2(scale / floor))
-    best = torch.stack(costs).argmin(0, keepdim=True)
-    return torch.stack(candidates).gather(0, best)[0]
+        return error.sum(-1, keepdim=True) - price * torch.log2(scale / floor)
+    best = torch.stack([cost(scale) for scale in scales]).argmin(0, keepdim=True)
+    return scales.gather(0, best)[0]
 
 def encode(w_NRC: Tensor, scale_NR1: Tensor, qmax: Tensor) -> Tensor:
     """Integer codes in [-qmax, qmax], still float32."""
@@ -497,10 +445,9 @@ def fake_quantize(w_NRC: Tensor, step: Tensor, qmax: Tensor, ratio: Tensor) -> T
 
 def entropy_bits(codes_NRC: Tensor) -> float:
     """Order-0 entropy of the codes in bits, each matrix with its own frequencies."""
-    n = codes_NRC.shape[0]
-    which = torch.arange(n, device=codes_NRC.device).view(-1, 1, 1) * 256
-    counts = torch.bincount((codes_NRC.long() + 128 + which).flatten(), minlength=256 * n)
-    counts = counts.view(n, 256).double()
+    n = len(codes_NRC)
+    zero = torch.arange(128, 256 * n, 256, device=codes_NRC.device).view(-1, 1, 1)  # bin of code 0
+    counts = torch.bincount((codes_NRC + zero).flatten(), minlength=256 * n).view(n, 256).double()
     share = counts / counts.sum(1, keepdim=True)
     return float(-(counts * torch.log2(share.clamp_min(1e-300))).sum())
 

@@ -247,7 +247,7 @@ def fields_read_by_the_program() -> set[str]:
     for top in tree.body:
         own = isinstance(top, ast.ClassDef) and top.name == "Hyperparameters"
         for part in top.body if own else [top]:
-            if own and getattr(part, "name", "") == "validate":
+            if own and getattr(part, "name", "") == "__post_init__":
                 continue
             for node in ast.walk(part):
                 if not (isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)):
