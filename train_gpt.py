@@ -532,7 +532,6 @@ class Kernels(NamedTuple):
     """The functions that have more than one implementation, as chosen at start-up."""
     attend: Attend = sdpa()
     heads: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]] = project_heads
-    exclude: Callable[[Tensor, Tensor], Tensor] = exclude_self
     mlp: Callable[[Tensor, Tensor, Tensor, float], Tensor] = relu2_mlp
 
 @jit
@@ -689,48 +688,6 @@ def fused_heads(x_BTD: Tensor, w_CD: Tensor, gain_H: Tensor,
     q, k, v = (y.view(B, T, -1, D // len(gain_H)) for y in flat)
     return q, k, v
 
-@jit
-def exclude_kernel(y, v, dout, out, dv, V_STRIDE, G: tl.constexpr,  # type: ignore[no-untyped-def]
-                   E: tl.constexpr, ROWS: tl.constexpr, BACKWARD: tl.constexpr):
-    """`exclude_self` for the G query heads of one value head; BACKWARD: from `dout`, the gradient
-    of its result, to those of y (in out) and v."""
-    token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    head, heads, dim = tl.program_id(1), tl.num_programs(1), tl.arange(0, E)[None, :]
-    value = tl.load(v + token * V_STRIDE + head * E + dim).to(tl.float32)
-    inverse = 1.0 / tl.maximum(tl.sum(value * value, 1, keep_dims=True), 1e-6)
-    dvalue = tl.zeros((ROWS, E), tl.float32)
-    for g in tl.static_range(G):
-        place = ((token * heads + head) * G + g) * E + dim
-        side = tl.load(y + place).to(tl.float32)
-        share = tl.sum(side * value, 1, keep_dims=True) * inverse
-        if BACKWARD:
-            dside = tl.load(dout + place).to(tl.float32)
-            dshare = tl.sum(dside * value, 1, keep_dims=True) * inverse
-            dvalue += 2 * share * dshare * value - dshare * side - share * dside
-            side, share = dside, dshare
-        tl.store(out + place, (side - share * value).to(out.dtype.element_ty))
-    if BACKWARD:
-        tl.store(dv + (token * heads + head) * E + dim, dvalue.to(dv.dtype.element_ty))
-
-@torch.library.custom_op("golf::exclude", mutates_args=())
-def exclude(y_BTHE: Tensor, v_BTKE: Tensor, dout_BTHE: Tensor | None) -> list[Tensor]:
-    """[`exclude_self` of y and v]; given the gradient of that, instead [dy, dv]."""
-    (B, T, H, E), K, backward = y_BTHE.shape, v_BTKE.shape[2], dout_BTHE is not None
-    y, dout = (t.contiguous() for t in (y_BTHE, y_BTHE if dout_BTHE is None else dout_BTHE))
-    outputs = [torch.empty_like(y), y.new_empty(v_BTKE.shape)][: 1 + backward]
-    exclude_kernel[(B * T // HEAD_ROWS, K)](y, v_BTKE, dout, outputs[0], outputs[-1],
-                                            v_BTKE.stride(1), H // K, E, HEAD_ROWS, backward)
-    return outputs
-
-exclude.register_fake(lambda y, v, dout: [y.new_empty(t.shape) for t in (y, v)][
-    : 1 if dout is None else 2])
-exclude.register_autograd(lambda ctx, grads: (*exclude(*ctx.saved_tensors, grads[0]), None),
-                          setup_context=lambda ctx, inputs, output: ctx.save_for_backward(
-                              *inputs[:2]))
-
-def fused_exclude(y_BTHE: Tensor, v_BTKE: Tensor) -> Tensor:
-    return exclude(y_BTHE, v_BTKE, None)[0]
-
 def choose_kernels(h: Hyperparameters, runtime: Runtime, log: RunLog) -> Kernels:
     """The fastest attention whose output and gradients agree with float32 math on this device, and
     the fused layers where the GPU (Hopper's TMA) and the shapes allow."""
@@ -754,7 +711,7 @@ def choose_kernels(h: Hyperparameters, runtime: Runtime, log: RunLog) -> Kernels
         or h.head_dim & (h.head_dim - 1))
     log(f"attention:{best} (fastest correct), {'fused' if fused else 'plain'} layers (fused ones "
         f"need Hopper, widths in 8s, heads a power of 2 wide, TRAIN_SEQ_LEN in {HEAD_ROWS}s)")
-    layers = (fused_heads, fused_exclude, fused_mlp) if fused else ()
+    layers = (fused_heads, fused_mlp) if fused else ()
     return Kernels(candidates[best], *layers)
 
 def attention_trial(h: Hyperparameters, attend: Attend,
@@ -857,7 +814,7 @@ class GPT(nn.Module):
             v = v if added is None else v + added.view(v.shape)
             y = self.kernels.attend(q, k, v)
             if i >= layers - h.xsa_layers:
-                y = self.kernels.exclude(y, v)
+                y = exclude_self(y, v)
             x = x + F.linear(y.flatten(2), out[i])
             x = x + self.kernels.mlp(x, up[i], down[i], depth)
             if i < layers // 2:

@@ -29,7 +29,7 @@ TRAIN_GFLOP = 0.231  # per token: 6 for each of 25.0M weights in products, 0.081
 GROUPS: dict[str, tuple[tuple[str, ...], float]] = {
     "attention": (("flash", "cudnn", "sdpa", "fmha"), 9.9),
     "products with relu^2": (("relu2",), 3.9),
-    "heads and XSA": (("heads_kernel", "exclude_kernel"), 3.3),
+    "heads": (("heads_kernel",), 3.1),
     "matrix products": (("gemm", "nvjet", "cutlass", "cublas", "xmma", "splitk", "mm_"), 14.7),
     "elementwise and norms": (("triton", "elementwise", "reduce", "cat", "vectorized"), 9.0),
     "memory": (("memcpy", "memset", "copy"), 0.3),

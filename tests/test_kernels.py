@@ -64,19 +64,6 @@ def test_fused_heads_agree_with_their_twin() -> None:
     compare("qkv dx dw dgain", flat(tg.fused_heads), flat(tg.project_heads), [x, w, gain])
 
 
-@pytest.mark.parametrize("groups", [1, 2, 4])
-def test_fused_exclude_agrees_with_its_twin(groups: int) -> None:
-    y, qkv = tensors((2, 64, 2 * groups, 32), (2, 64, 3, 2, 32))
-
-    def of(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
-        return lambda y, qkv: function(y, qkv[:, :, 2])  # a view, as the values of a layer are
-
-    compare("out dy dv", of(tg.fused_exclude), of(tg.exclude_self), [y, qkv])
-    assert torch.equal(
-        tg.fused_exclude(y, qkv[:, :, 2]), tg.fused_exclude(y, qkv[:, :, 2].contiguous())
-    )
-
-
 def test_a_negative_input_has_neither_output_nor_gradient() -> None:
     a, b = tensors((64, 32), (48, 32))
     ones = torch.ones(64, device=DEVICE)
@@ -97,15 +84,12 @@ def test_the_operators_describe_themselves_truthfully_to_the_compiler() -> None:
     rotary = tg.rotary_table(32, 8, 1e4, qkv.device)
     torch.library.opcheck(tg.norm_rotate, (qkv, gain, rotary, 32, []))
     torch.library.opcheck(tg.norm_rotate, (qkv, gain, rotary, 32, [dq, dk, dv]))
-    y, v, dout = tensors((2, 32, 4, 32), (2, 32, 2, 32), (2, 32, 4, 32))
-    torch.library.opcheck(tg.exclude, (y.requires_grad_(), v.requires_grad_(), None))
-    torch.library.opcheck(tg.exclude, (y.detach(), v.detach(), dout))
 
 
 def test_on_a_cpu_the_plain_layers_are_chosen_and_the_log_says_why() -> None:
     lines: list[str] = []
     kernels = tg.choose_kernels(support.tiny(), support.cpu_runtime(), lines.append)  # type: ignore[arg-type]
-    assert kernels[1:] == (tg.project_heads, tg.exclude_self, tg.relu2_mlp)
+    assert kernels[1:] == (tg.project_heads, tg.relu2_mlp)
     assert any("plain layers" in line and "CPU" in line for line in lines)
 
 
@@ -130,8 +114,6 @@ for BACKWARD in (False, True):
            num_warps=8, num_stages=4)
     report(tg.heads_kernel, {"rotary": "*fp32", "dgain": "*fp32" if BACKWARD else "*bf16",
                              "T": "i32"}, heads | dict(BACKWARD=BACKWARD))
-    report(tg.exclude_kernel, {"V_STRIDE": "i32"},
-           dict(G=2, E=64, ROWS=tg.HEAD_ROWS, BACKWARD=BACKWARD))
 """
 
 
@@ -142,7 +124,7 @@ def test_the_kernels_compile_for_a_hopper_gpu_and_fit_its_shared_memory() -> Non
                           capture_output=True, text=True, timeout=300)  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     lines = [line.split() for line in done.stdout.splitlines()]
-    names = ("linear_relu2_kernel", "heads_kernel", "exclude_kernel")
+    names = ("linear_relu2_kernel", "heads_kernel")
     assert [name for name, *_ in lines] == [*names, *names]
     for name, shared, tensor_cores in lines:
         assert int(shared) <= 232_448
