@@ -1039,24 +1039,20 @@ class Optimizer:
 
 # ---- 9. Weight averaging ------------------------------------------------------------------------
 class RunningMean:
-    """Tight SWA: the float32 mean of the masters, uniform over all steps while the lr scale is
-    below the threshold; on the device, one pass a step."""
+    """Tight SWA: the float32 mean of the masters over all steps late enough; one pass a step."""
     def __init__(self, tensors: Mapping[str, Tensor]):
-        self.mean = {name: t.detach().clone() for name, t in tensors.items()}
-        self.count = 0
+        self.mean, self.count = {name: t.detach().clone() for name, t in tensors.items()}, 0
     @torch.no_grad()
     def update(self, tensors: Mapping[str, Tensor]) -> None:
         self.count += 1
-        new = [tensors[name].detach() for name in self.mean]
+        new = [tensors[name] for name in self.mean]
         torch._foreach_lerp_(list(self.mean.values()), new, 1.0 / self.count)
 
 # ---- 10. Pack, unpack: float weights <-> artifact -----------------------------------------------
-# Bytes: 8 magic, 4 version, 32 SHA-256 of all that follows, 4 length of the header, the header
-# (zstd of JSON: architecture, and per tensor its name, shape, kind and the lengths of
-# its frames), then the zstd frames in the header's order.  A rounded tensor has a frame of row
-# scales and one of codes per matrix, so that the entropy coder adapts to each matrix; any other
-# tensor is one frame of float16.  Values are little-endian.
-
+# Bytes: 8 magic, 4 version, 32 SHA-256 of what follows, 4 length of the header, the header (zstd of
+# JSON: architecture; name, shape, kind and lengths of the frames of each tensor), the zstd frames
+# in that order.  A rounded tensor has a frame of row scales and one of codes per matrix, so that
+# the entropy coder adapts to each; any other has one of float16.  Values are little-endian.
 ARCHITECTURE = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_hidden",
                 "rope_dims", "rope_base", "xsa_layers", "ve_layers", "ve_dim", "logit_softcap",
                 "train_seq_len")
@@ -1070,10 +1066,9 @@ def rounded(state: Mapping[str, Tensor], h: Hyperparameters,
 
 def pack(state: Mapping[str, Tensor], h: Hyperparameters, step: float) -> bytes:
     """The artifact's bytes; the same input always gives the same bytes."""
-    streams = {name: [] if name in export_grids(h) else [w.half().cpu().numpy().tobytes()]
+    coded = {name: (scales, *codes) for name, codes, scales in rounded(state, h, step)}
+    streams = {name: [part.cpu().numpy().tobytes() for part in coded.get(name, (w.half(),))]
                for name, w in state.items()}
-    for name, codes, scales in rounded(state, h, step):
-        streams[name] = [part.tobytes() for part in (scales.cpu().numpy(), *codes.cpu().numpy())]
     def compress(stream: bytes) -> bytes:
         return zstandard.ZstdCompressor(level=h.zstd_level).compress(stream)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -1081,8 +1076,7 @@ def pack(state: Mapping[str, Tensor], h: Hyperparameters, step: float) -> bytes:
     header = {
         "architecture": {name: getattr(h, name) for name in ARCHITECTURE},
         "tensors": [{"name": name, "shape": list(w.shape), "frames": [len(f) for f in frames[name]],
-                     "kind": "codes" if len(frames[name]) > 1 else "float16"}
-                    for name, w in state.items()]}
+                     "kind": "codes" if name in coded else "float16"} for name, w in state.items()]}
     packed_header = compress(json.dumps(header, separators=(",", ":")).encode())
     body = struct.pack("<I", len(packed_header)) + packed_header
     body += b"".join(itertools.chain.from_iterable(frames.values()))
@@ -1101,24 +1095,20 @@ def unpack(artifact: bytes, where: str = "artifact") -> tuple[dict[str, Any], di
     if hashlib.sha256(artifact[44:]).digest() != artifact[12:44]:
         raise RunError(f"{where}: truncated or damaged, its SHA-256 does not match; copy it again "
                        "or pack it again with RESUME_FROM")
-    position = 48 + struct.unpack_from("<I", artifact, 44)[0]
-    decompressor = zstandard.ZstdDecompressor()
-    header = json.loads(decompressor.decompress(artifact[48:position]))
-    state = {}
+    body, state = io.BytesIO(artifact[44:]), dict[str, Tensor]()
+    def read(length: int) -> bytearray:
+        return bytearray(zstandard.ZstdDecompressor().decompress(body.read(length)))
+    header = json.loads(read(*struct.unpack("<I", body.read(4))))
     for entry in header["tensors"]:
-        ends = list(itertools.accumulate(entry["frames"], initial=position))
-        streams = [decompressor.decompress(artifact[a:b]) for a, b in itertools.pairwise(ends)]
-        state[entry["name"]] = read_tensor(entry["shape"], entry["kind"], streams)
-        position = ends[-1]
+        shape, (first, *codes) = entry["shape"], map(read, entry["frames"])
+        if entry["kind"] == "codes":
+            scales = torch.frombuffer(first, dtype=torch.float32).view(-1, shape[-2], 1)
+            w = torch.frombuffer(bytearray().join(codes), dtype=torch.int8).view(-1, *shape[-2:])
+            w = dequantize(w, scales)
+        else:
+            w = torch.frombuffer(first, dtype=torch.float16).float()
+        state[entry["name"]] = w.view(shape)
     return header["architecture"], state
-
-def read_tensor(shape: list[int], kind: str, streams: list[bytes]) -> Tensor:
-    """float32 weights from the streams that `pack` made, through the one `dequantize`."""
-    if kind == "float16":
-        return torch.from_numpy(np.frombuffer(streams[0], "<f2").copy()).view(shape).float()
-    scales = torch.from_numpy(np.frombuffer(streams[0], "<f4").copy())
-    codes = torch.from_numpy(np.frombuffer(b"".join(streams[1:]), np.int8).copy())
-    return dequantize(codes.view(-1, *shape[-2:]), scales.view(-1, shape[-2], 1)).view(shape)
 
 def hidden_by_size(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same function with the hidden units of each layer in order of their norms: neighbours in
@@ -1175,55 +1165,52 @@ class Evaluator:
     one its last `stride`, so every token has at least T - stride tokens of context once there are
     so many.  Windows are dealt to ranks; sums are float64."""
     def __init__(self, h: Hyperparameters, runtime: Runtime, tokens: np.ndarray, table: ByteTable):
-        self.h, self.runtime = h, runtime
-        self.targets = len(tokens) - 1
+        self.h, self.runtime, self.targets = h, runtime, len(tokens) - 1
         if self.targets < 1:
             raise RunError("validation split: expected at least 2 tokens; build it again")
+        # The published split is known by its token count, less the tail.
+        official = self.targets // 2048 * 2048 == FINEWEB_VAL_TOKENS.get(h.vocab_size)
+        self.dataset = ("sample" if "sample" in Path(h.data_path).name else
+                        f"fineweb10B_sp{h.vocab_size}" if official else "proxy")
         self.text_bytes = table.count(tokens)
         self.tokens = torch.from_numpy(tokens.astype(np.int32)).to(runtime.device)
         batch = min(h.val_batch_size // runtime.world_size, h.micro_batch_tokens)
         self.rows = max(1, batch // h.train_seq_len)
         # Apart, so that plain and sliding windows share the graph of the blocks.
         self.hidden, self.losses = runtime.compile(GPT.final_hidden), runtime.compile(GPT.losses)
-    def starts(self, stride: int) -> tuple[range, range]:
-        """First tokens of the windows scored whole, and of those scored by their last stride."""
-        seq_len = self.h.train_seq_len
-        if stride in (0, seq_len):
-            return range(0, self.targets, seq_len), range(0)
-        return range(1), range(stride, max(self.targets - seq_len + stride, stride), stride)
+    def windows(self, stride: int) -> list[tuple[range, int]]:
+        """(first tokens, number of last predictions scored) of the windows that share the split.
+        Windows that continue a range past its end would score nothing."""
+        T, end = self.h.train_seq_len, self.targets
+        if stride in (0, T):
+            return [(range(0, end, T), T)]
+        return [(range(0, end, end), T), (range(stride, max(end - T, 0) + stride, stride), stride)]
     @torch.no_grad()
     def score(self, model: GPT, stride: int = 0) -> Score:
         """Plain (stride 0) or sliding windows over the whole split."""
-        began = time.perf_counter()
-        whole, sliding = self.starts(stride)
-        sums = self._sum(model, whole, self.h.train_seq_len) + self._sum(model, sliding, stride)
+        began, device = time.perf_counter(), self.runtime.device
+        sums = torch.zeros(2, dtype=torch.float64, device=device)  # nats, tokens
+        for starts, scored in self.windows(stride):
+            mine = starts[self.runtime.rank :: self.runtime.world_size]
+            for i in range(0, len(mine), self.rows):  # the last batch goes on past the end
+                first = mine.start + mine.step * torch.arange(i, i + self.rows, device=device)
+                position = first[:, None] + torch.arange(self.h.train_seq_len + 1, device=device)
+                window = self.tokens[position.clamp(max=self.targets)].long()
+                hidden = self.hidden(model, window[:, :-1])[:, -scored:]
+                losses = self.losses(model, hidden, window[:, -scored:])
+                valid = position[:, -scored:] <= self.targets
+                sums[0] += torch.where(valid, losses.double(), 0.0).sum()
+                sums[1] += valid.sum()
         nats, tokens = self.runtime.sum(sums).tolist()
         assert int(tokens) == self.targets, f"scored {tokens} tokens, expected {self.targets}"
         return Score(nats, self.targets, self.text_bytes, time.perf_counter() - began)
-    def _sum(self, model: GPT, starts: range, scored: int) -> Tensor:
-        """float64 (nats, tokens) of this rank's share of the windows."""
-        runtime, device, seq_len = self.runtime, self.runtime.device, self.h.train_seq_len
-        sums = torch.zeros(2, dtype=torch.float64, device=device)
-        mine = torch.tensor(starts[runtime.rank :: runtime.world_size], dtype=torch.int64)
-        for first in mine.split(self.rows) if len(mine) else ():
-            # The last batch is filled up with windows past the end, which score nothing.
-            first = F.pad(first, (0, self.rows - len(first)), value=self.targets)
-            position = first.to(device)[:, None] + torch.arange(seq_len + 1, device=device)
-            window = self.tokens[position.clamp(max=self.targets)].long()
-            hidden = self.hidden(model, window[:, :-1])[:, -scored:]
-            losses = self.losses(model, hidden, window[:, -scored:])
-            valid = position[:, -scored:] <= self.targets
-            sums[0] += torch.where(valid, losses.double(), 0.0).sum()
-            sums[1] += valid.sum()
-        return sums
-    @torch.no_grad()
     def warm_up(self, model: GPT) -> None:
-        """Compiles the evaluation graphs on dummy tokens."""
-        window = torch.zeros(self.rows, self.h.train_seq_len + 1, dtype=torch.int64,
-                             device=self.runtime.device)
-        hidden = self.hidden(model, window[:, :-1])
-        for scored in {self.h.train_seq_len, self.h.eval_stride or self.h.train_seq_len}:
-            self.losses(model, hidden[:, -scored:], window[:, -scored:])
+        """Compiles the evaluation graphs: scores dummy tokens, of which every rank has windows."""
+        dummy = copy.copy(self)
+        dummy.targets = (self.runtime.world_size + 1) * self.h.train_seq_len
+        dummy.tokens = self.tokens.new_zeros(dummy.targets + 1)
+        for stride in {0, self.h.eval_stride}:
+            dummy.score(model, stride)
 
 # ---- 12. Training -------------------------------------------------------------------------------
 def batch_layout(h: Hyperparameters, world_size: int) -> tuple[int, int, int]:
@@ -1231,8 +1218,8 @@ def batch_layout(h: Hyperparameters, world_size: int) -> tuple[int, int, int]:
     sequences = h.train_batch_tokens // h.train_seq_len
     if sequences % world_size:
         raise RunError(f"TRAIN_BATCH_TOKENS={h.train_batch_tokens}: {sequences} sequences do not "
-                       f"divide over {world_size} ranks; set a multiple of "
-                       f"{h.train_seq_len * world_size} or change --nproc_per_node")
+                       f"divide over {world_size} ranks; set a multiple of {h.train_seq_len} x "
+                       f"{world_size} or change --nproc_per_node")
     local, most = sequences // world_size, h.micro_batch_tokens // h.train_seq_len
     micro = next(n for n in range(1, local + 1) if local % n == 0 and local // n <= most)
     return sequences, local, micro
@@ -1255,8 +1242,7 @@ def capture(function: Callable[[], Any]) -> Callable[[], Any]:
 def load_model(h: Hyperparameters, runtime: Runtime, state: Mapping[str, Tensor],
                kernels: Kernels) -> GPT:
     """A fresh model with the given float32 weights as working weights."""
-    weights = {name: w.to(runtime.device, runtime.dtype) for name, w in state.items()}
-    return GPT(h, weights, kernels)
+    return GPT(h, {n: w.to(runtime.device, runtime.dtype) for n, w in state.items()}, kernels)
 
 class Trainer:
     """Model, optimizer and averages, and the one `train_step` that warm-up and training share."""
@@ -1325,18 +1311,18 @@ class Trainer:
                      if name not in self.optimizer.grids)
         return (self.h.artifact_bytes - SOURCE.stat().st_size - floats) * 1.025
 
-class StepQueue:
-    """Keeps the host at most two steps ahead of the device: the device never waits for Python,
-    and every loss and time read here is of a finished step, so reading costs nothing."""
-    def __init__(self, h: Hyperparameters, log: RunLog, watch: Stopwatch):
-        self.h, self.log, self.watch, self.last_loss = h, log, watch, math.nan
+class StepQueue(Stopwatch):
+    """The training clock and the steps in flight, at most two ahead of the device: it never waits
+    for Python, and the losses and times read here are of finished steps, so reading is free."""
+    def __init__(self, h: Hyperparameters, log: RunLog, device: torch.device):
+        super().__init__(device)
+        self.h, self.log, self.last_loss = h, log, math.nan
         self.flights = collections.deque[tuple[int, Tensor, Any]]()  # step, host loss, end event
         self.ends = collections.deque[float](maxlen=17)  # clock at the latest ends
     def push(self, step: int, loss: Tensor) -> None:
-        done = None
-        if loss.device.type == "cuda":
+        done = torch.cuda.Event() if self.device.type == "cuda" else None
+        if done:
             loss = torch.empty((), pin_memory=True).copy_(loss, non_blocking=True)
-            done = torch.cuda.Event()
             done.record()
         self.flights.append((step, loss, done))
         self.land(in_flight=2 if done else 0)
@@ -1346,19 +1332,24 @@ class StepQueue:
             step, on_host, done = self.flights.popleft()
             if done:
                 done.synchronize()
-            loss, now = float(on_host), self.watch.elapsed()
-            self.ends.append(now)
+            loss = float(on_host)
+            self.ends.append(self.elapsed())
             if not math.isfinite(loss):
                 raise RunError(f"step {step}: the loss is {loss} (last finite: {self.last_loss:.4f}"
                                "); lower MATRIX_LR, EMBED_LR or SCALAR_LR")
             self.last_loss = loss
             if step <= 10 or step % self.h.train_log_every == 0:
-                self.log(f"step:{step}/{self.h.iterations} train_loss:{loss:.4f} "
-                         f"train_time:{now * 1e3:.0f}ms step_avg:{now * 1e3 / step:.2f}ms")
+                self.report(step, f"train_loss:{loss:.4f}", self.ends[-1])
+    def stop(self) -> None:
+        self.land()
+        super().stop()
     def projected(self, more: int) -> float:
         """Clock at which the device will have finished what is queued and `more` steps."""
         recent = (self.ends[-1] - self.ends[0]) / (len(self.ends) - 1) if len(self.ends) > 1 else 0
-        return self.watch.elapsed() + (len(self.flights) + more) * recent
+        return self.elapsed() + (len(self.flights) + more) * recent
+    def report(self, step: int, what: str, clock: float) -> None:  # as the challenge prints it
+        self.log(f"step:{step}/{self.h.iterations} {what} train_time:{clock * 1e3:.0f}ms "
+                 f"step_avg:{clock * 1e3 / step:.2f}ms")
 
 def train(h: Hyperparameters, runtime: Runtime, log: RunLog, evaluator: Evaluator,
           trainer: Trainer, plan: BatchPlan) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -1370,23 +1361,20 @@ def train(h: Hyperparameters, runtime: Runtime, log: RunLog, evaluator: Evaluato
     log(f"warm-up:{time.perf_counter() - began:.1f}s graphs:{graphs}")
     first = runtime.rank * trainer.local
     loader = prefetch(plan, range(first, first + trainer.local), h.vocab_size, runtime.device)
-    watch = Stopwatch(runtime.device)
-    steps = StepQueue(h, log, watch)
-    optimizer, step, qat_steps = trainer.optimizer, 0, 0
+    optimizer, average, step, qat_steps = trainer.optimizer, trainer.average, 0, 0
+    queue = StepQueue(h, log, runtime.device)
     runtime.agree_on(None)  # all ranks are ready
-    watch.start()
+    queue.start()
     while step < h.iterations:
         # Rank 0's clock is everybody's; the second step ahead is margin.
-        ends, elapsed = runtime.agree_on((steps.projected(2), watch.elapsed()))
+        ends, elapsed = runtime.agree_on((queue.projected(2), queue.elapsed()))
         if step and 0 < h.max_wallclock_seconds < ends:
             break
         if h.val_loss_every and step and step % h.val_loss_every == 0:
-            steps.land()
-            watch.stop()
+            queue.stop()
             score = evaluator.score(trainer.model)
-            log(f"step:{step}/{h.iterations} val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f} "
-                f"train_time:{watch.total * 1e3:.0f}ms step_avg:{watch.total * 1e3 / step:.2f}ms")
-            watch.start()
+            queue.report(step, f"val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f}", queue.total)
+            queue.start()
         progress = progress_of(h, step, elapsed)
         lr = lr_scale(h, progress, min(h.iterations, step / (progress or math.inf)))
         step += 1
@@ -1397,65 +1385,54 @@ def train(h: Hyperparameters, runtime: Runtime, log: RunLog, evaluator: Evaluato
             qat_steps += 1
         loss = trainer.train_step(next(loader), lr, muon_momentum(h, progress))
         if lr < h.swa_threshold:
-            trainer.average.update(optimizer.masters())
-        steps.push(step, loss)
-    steps.land()
-    watch.stop()
+            average.update(optimizer.masters())
+        queue.push(step, loss)
+    queue.stop()
     loader.close()
-    facts = {
-        "step_stop": step, "wallclock_seconds": round(watch.total, 3),
-        "step_avg_ms": round(watch.total * 1e3 / step, 3), "final_train_loss": steps.last_loss,
-        "qat_steps": qat_steps, "swa_steps": trainer.average.count,
-        "graphs_compiled_on_clock": graph_count() - graphs}
+    facts = {"step_stop": step, "wallclock_seconds": round(queue.total, 3),
+             "step_avg_ms": round(queue.total * 1e3 / step, 3), "final_train_loss": queue.last_loss,
+             "qat_steps": qat_steps, "swa_steps": average.count,
+             "graphs_compiled_on_clock": graph_count() - graphs}
     log("training " + " ".join(f"{k}:{v}" for k, v in facts.items()))
     trained = optimizer.gather(optimizer.masters())
-    averaged = optimizer.gather(trainer.average.mean) if trainer.average.count else trained
+    averaged = optimizer.gather(average.mean) if average.count else trained
     return {"trained": trained, "averaged": averaged}, facts
 
 # ---- 13. Report and main ------------------------------------------------------------------------
 def environment_facts(runtime: Runtime) -> dict[str, Any]:
     """Versions and hardware, for the log and the submission."""
     cuda = runtime.device.type == "cuda"
-    hardware = torch.cuda.get_device_name() if cuda else f"{os.cpu_count()}-core CPU"
-    modules = {m.__name__: m.__version__ for m in (torch, np, zstandard, sentencepiece)}
-    return {"hardware": f"{runtime.world_size} x {hardware}" if cuda else hardware,
-            "python": sys.version.split()[0], **modules, "cuda": torch.version.cuda,
-            "cudnn": torch.backends.cudnn.version() if cuda else None}
+    device = torch.cuda.get_device_name() if cuda else f"{os.cpu_count()}-core CPU"
+    return {"hardware": f"{runtime.world_size} x {device}" if cuda else device,
+            "python": sys.version.split()[0],
+            **{m.__name__: m.__version__ for m in (torch, np, zstandard, sentencepiece)},
+            "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version() if cuda else None}
 
-def dataset_label(h: Hyperparameters, targets: int) -> str:
-    """`sample`, the published split's name if the token count is its own, else `proxy`."""
-    if "sample" in Path(h.data_path).name:
-        return "sample"
-    official = targets // 2048 * 2048 == FINEWEB_VAL_TOKENS.get(h.vocab_size)  # less the tail
-    return f"fineweb10B_sp{h.vocab_size}" if official else "proxy"
-
-def submission(h: Hyperparameters, hardware: str, scores: Mapping[str, Score],
+def submission(evaluator: Evaluator, hardware: str, scores: Mapping[str, Score],
                facts: Mapping[str, Any], size: int) -> dict[str, Any]:
     """The content of submission.json; `size` is the artifact's, without the code."""
-    plain, headline = scores["packed"], scores.get("sliding", scores["packed"])
+    h, plain, best = evaluator.h, scores["packed"], scores.get("sliding", scores["packed"])
     code = SOURCE.stat().st_size
-    result = {"val_loss": headline.loss, "val_bpb": headline.bpb, "val_bpb_roundtrip": plain.bpb}
-    seed_result = {**result, "artifact_bytes": code + size, "steps": facts.get("step_stop"),
-                   "step_avg_ms": facts.get("step_avg_ms")}
-    stages = {f"{stage}_val_bpb": scores[stage].bpb for stage in ("trained", "averaged")
-              if stage in scores}
+    result = {"val_loss": best.loss, "val_bpb": best.bpb, "val_bpb_roundtrip": plain.bpb}
     return {
         "author": h.author, "github_id": h.github_id, "name": h.run_id,
         "blurb": f"{h.num_layers}L x {h.model_dim}, XSA, VE, SmearGate, Muon, SWA, late QAT, int6",
         "date": time.strftime("%Y-%m-%d"), "track": "10min_16mb",
-        "dataset": dataset_label(h, plain.tokens), "hardware": hardware,
-        "pytorch_version": torch.__version__, "model_params": h.parameters(),
-        **result, **stages, "eval_stride": h.eval_stride, "val_tokens": plain.tokens,
+        "dataset": evaluator.dataset, "hardware": hardware,
+        "pytorch_version": torch.__version__, "model_params": h.parameters(), **result,
+        **{f"{s}_val_bpb": scores[s].bpb for s in ("trained", "averaged") if s in scores},
+        "eval_stride": h.eval_stride, "val_tokens": plain.tokens,
         "bytes_total": code + size, "bytes_code": code, "bytes_model_int6_zstd": size, **facts,
         "eval_time_seconds": round(sum(s.seconds for s in scores.values()), 3),
-        "seeds": [h.seed], "seed_results": {str(h.seed): seed_result}}
+        "seeds": [h.seed], "seed_results": {str(h.seed): {
+            **result, "artifact_bytes": code + size, "steps": facts.get("step_stop"),
+            "step_avg_ms": facts.get("step_avg_ms")}}}
 
 def checked_state(h: Hyperparameters, architecture: Mapping[str, Any], where: str) -> None:
     """Raises RunError if an artifact or checkpoint is of another architecture than `h`."""
     for name in ARCHITECTURE:
-        found = architecture.get(name)
-        if found != getattr(h, name):
-            raise RunError(f"{where}: holds {name}={found}, expected {getattr(h, name)}; set "
+        if (found := architecture.get(name)) != (expected := getattr(h, name)):
+            raise RunError(f"{where}: holds {name}={found}, expected {expected}; set "
                            f"{name.upper()}={found}")
 
 def read_file(path: str | Path, variable: str, runtime: Runtime) -> bytes:
@@ -1470,13 +1447,13 @@ def pack_and_save(h: Hyperparameters, runtime: Runtime, log: RunLog,
                   averaged: Mapping[str, Tensor], path: Path) -> None:
     """Rank 0 packs to the budget and writes the artifact; all ranks return when it is on disk."""
     fault, began = "", time.perf_counter()
-    if runtime.rank == 0:
-        try:
+    try:
+        if runtime.rank == 0:
             budget = h.artifact_bytes - SOURCE.stat().st_size
             write_atomic(path, pack_to_budget(averaged, h, budget, log))
             log(f"pack_time:{time.perf_counter() - began:.1f}s")
-        except (RunError, OSError) as error:
-            fault = f"{path}: {error}; the float weights are saved, RESUME_FROM tries again"
+    except (RunError, OSError) as error:
+        fault = f"{path}: {error}; the float weights are saved, RESUME_FROM tries again"
     if fault := runtime.agree_on(fault):
         raise RunError(fault)
 
@@ -1504,69 +1481,64 @@ def obtain_weights(h: Hyperparameters, runtime: Runtime, log: RunLog, evaluator:
 
 def with_sample(h: Hyperparameters) -> Hyperparameters:
     """DATA_PATH=sample becomes the paths of the built-in corpus, which is built if missing."""
-    if h.data_path != "sample":
-        return h
-    from prepare_data import build_sample
-    data, tokenizer = build_sample(SOURCE.parent / "data", h.vocab_size)
-    return dataclasses.replace(h, data_path=str(data), tokenizer_path=str(tokenizer))
+    if h.data_path == "sample":
+        from prepare_data import build_sample
+        data, tokenizer = build_sample(SOURCE.parent / "data", h.vocab_size)
+        h = dataclasses.replace(h, data_path=str(data), tokenizer_path=str(tokenizer))
+    return h
 
 def run(h: Hyperparameters, runtime: Runtime) -> None:
     """The stages: data -> train -> save -> pack -> score what is on disk -> report."""
-    batch_layout(h, runtime.world_size)
-    tokens = np.concatenate(open_split(h.data_path, "val"))
+    batch_layout(h, runtime.world_size)  # refuses what does not divide
+    tokens, out = np.concatenate(open_split(h.data_path, "val")), Path(h.output_dir)
     check_vocabulary(tokens, h.vocab_size, f"{h.data_path}/fineweb_val_*.bin")
     evaluator = Evaluator(h, runtime, tokens, load_byte_table(h.tokenizer_path, h.vocab_size))
-    out, label = Path(h.output_dir), dataset_label(h, evaluator.targets)
     # Opened only now, so that a run which cannot start leaves the last one's log alone.
-    stage = "eval" if h.eval_only else "resume" if h.resume_from else "train"
-    log = RunLog(out / f"{stage}.log" if runtime.rank == 0 else None)
-    environment = environment_facts(runtime)
-    log("\n".join((SOURCE.read_text(), "=" * 80, json.dumps(dataclasses.asdict(h), indent=1))),
-        quiet=True)
+    kind = "eval" if h.eval_only else "resume" if h.resume_from else "train"
+    log = RunLog(out / f"{kind}.log" if runtime.rank == 0 else None)
+    environment, settings = environment_facts(runtime), json.dumps(dataclasses.asdict(h), indent=1)
+    log(f"{SOURCE.read_text()}\n{'=' * 80}\n{settings}", quiet=True)
     log(json.dumps(environment))
-    log(f"dataset:{label} val_tokens:{evaluator.targets} val_bytes:{evaluator.text_bytes} "
+    dataset = f"dataset:{evaluator.dataset}"
+    log(f"{dataset} val_tokens:{evaluator.targets} val_bytes:{evaluator.text_bytes} "
         f"model_params:{h.parameters()} world_size:{runtime.world_size} seed:{h.seed}")
-    kernels = choose_kernels(h, runtime, log)
-    scores: dict[str, Score] = {}
-    facts: dict[str, Any] = {}
+    kernels, scores, facts = choose_kernels(h, runtime, log), dict[str, Score](), dict[str, Any]()
+    def score(stage: str, model: GPT, label: str, stride: int = 0) -> None:
+        scores[stage] = evaluator.score(model, stride)
+        log(f"{label} {scores[stage]}")
     artifact = Path(h.eval_only or out / "final_model.ptz")
     if not h.eval_only:
         stages, facts = obtain_weights(h, runtime, log, evaluator, kernels)
         for stage, state in stages.items():
-            scores[stage] = evaluator.score(load_model(h, runtime, state, kernels))
-            log(f"stage:{stage} {scores[stage]}")
+            score(stage, load_model(h, runtime, state, kernels), f"stage:{stage}")
         pack_and_save(h, runtime, log, stages["averaged"], artifact)
     content = read_file(artifact, "EVAL_ONLY", runtime)
     architecture, state = unpack(content, str(artifact))
     checked_state(h, architecture, str(artifact))
     model = load_model(h, runtime, state, kernels)
-    scores["packed"] = evaluator.score(model)
-    log(f"final_int6_zstd_roundtrip_exact {scores['packed']}")
-    if h.eval_stride:
-        scores["sliding"] = evaluator.score(model, h.eval_stride)
-        log(f"final_int6_zstd_sliding_exact stride:{h.eval_stride} {scores['sliding']}")
-    report = submission(h, environment["hardware"], scores, facts, len(content))
+    score("packed", model, "final_int6_zstd_roundtrip_exact")
+    if stride := h.eval_stride:
+        score("sliding", model, f"final_int6_zstd_sliding_exact stride:{stride}", stride)
+    report = submission(evaluator, environment["hardware"], scores, facts, len(content))
     if runtime.rank == 0 and not h.eval_only:
         write_atomic(out / "submission.json", (json.dumps(report, indent=2) + "\n").encode())
     if runtime.device.type == "cuda":
         log(f"peak_memory:{torch.cuda.max_memory_reserved() / 2**30:.2f}GiB")
-    log(f"val_bpb:{report['val_bpb']:.8f} dataset:{label} bytes_total:{report['bytes_total']} "
+    log(f"val_bpb:{report['val_bpb']:.8f} {dataset} bytes_total:{report['bytes_total']} "
         f"(code {report['bytes_code']} + model {len(content)}, cap {h.artifact_bytes})")
 
-def main() -> int:
-    """Exit status: 0, or 1 with one message on stderr."""
-    rank = os.environ.get("RANK", "0")
+def main() -> None:
+    """Exits with 0, or with 1 and one message on stderr."""
     try:
         h = Hyperparameters.from_env(os.environ)
         run(with_sample(h), Runtime.start(h, os.environ))
         if dist.is_initialized():
             dist.destroy_process_group()
-        return 0
     except RunError as error:
-        if rank != "0":
-            time.sleep(2)  # most faults meet all ranks; rank 0 speaks, and torchrun ends the rest
+        rank = int(os.environ.get("RANK", 0))
+        time.sleep(2 if rank else 0)  # most faults meet all ranks: rank 0 speaks, then all end
         print(f"error (rank {rank}): {error}", file=sys.stderr, flush=True)
         os._exit(1)  # at once: the other ranks may be inside collectives, and torchrun ends them
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
