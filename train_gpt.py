@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import copy
 import dataclasses
 import difflib
 import hashlib
@@ -1266,12 +1267,9 @@ class Trainer:
         sums: list[Tensor] = []
         for micro in tokens.chunk(self.micro):
             new = self.gradients(micro)
-            if self.micro == 1:
-                sums = new
-            elif not sums:  # micro-batches add up in float32
-                sums = [g.to(torch.float32, copy=True) for g in new]
-            else:
-                torch._foreach_add_(sums, new)
+            if self.micro > 1:  # micro-batches add up in float32
+                new = [g.to(torch.float32, copy=True) for g in new]
+            sums = list(torch._foreach_add(sums, new)) if sums else new
         self.optimizer.set(lr, momentum)
         replay = self.updates.get(self.optimizer.qat_step is not None)
         return replay() if replay else self.optimizer.update(sums)
