@@ -138,6 +138,7 @@ class Hyperparameters:
     zstd_level: int = 22  # the highest; packing takes seconds
     eval_stride: int = 64  # new tokens scored per sliding window; 0: plain windows only
     val_batch_size: int = 524_288  # tokens per evaluation batch, over all ranks
+    eval_dump: str = ""  # path: per-token losses of the last evaluation (NumPy .npz)
     val_loss_every: int = 1000  # steps; 0: only at the end
     train_log_every: int = 200  # steps
     head_dim = property(lambda self: self.model_dim // self.num_heads)
@@ -1160,6 +1161,18 @@ class Score:
     def __str__(self) -> str:
         return f"val_loss:{self.loss:.8f} val_bpb:{self.bpb:.8f} eval_time:{self.seconds:.1f}s"
 
+def show_progress(log: RunLog, share: float, began: float, shown: float) -> float:
+    """Tells of an evaluation of over 10 s, in a log at each tenth; returns the share last logged.
+    No events: a full launch queue, after 2 s, holds the host a few batches ahead of the device."""
+    seconds = time.perf_counter() - began
+    if log.path and seconds > max(2, 10 * share) and share >= shown + 0.1:
+        line = f"eval:{share:.0%} seconds:{seconds:.0f} left:{seconds / share - seconds:.0f}"
+        if not sys.stdout.isatty():
+            log(line)
+            return share
+        print(line, end="\r", flush=True)  # the score's line is longer and covers it
+    return shown
+
 class Evaluator:
     """Scores every token after the first exactly once, from its past only.  Plain windows do not
     overlap.  Sliding windows start `stride` apart; the first scores all its positions, each later
@@ -1169,42 +1182,54 @@ class Evaluator:
         self.h, self.runtime, self.targets = h, runtime, len(tokens) - 1
         if self.targets < 1:
             raise RunError("validation split: expected at least 2 tokens; build it again")
-        # The published split is known by its token count, less the tail.
-        official = self.targets // 2048 * 2048 == FINEWEB_VAL_TOKENS.get(h.vocab_size)
+        official = self.targets // 2048 * 2048 == FINEWEB_VAL_TOKENS.get(h.vocab_size)  # no tail
         self.dataset = ("sample" if "sample" in Path(h.data_path).name else
                         f"fineweb10B_sp{h.vocab_size}" if official else "proxy")
         self.text_bytes = table.count(tokens)
         self.tokens = torch.from_numpy(tokens.astype(np.int32)).to(runtime.device)
         batch = min(h.val_batch_size // runtime.world_size, h.micro_batch_tokens)
-        self.rows = max(1, batch // h.train_seq_len)
+        self.rows, self.dump = max(1, batch // h.train_seq_len), dict[str, np.ndarray]()
         # Apart, so that plain and sliding windows share the graph of the blocks.
         self.hidden, self.losses = runtime.compile(GPT.final_hidden), runtime.compile(GPT.losses)
-    def windows(self, stride: int) -> list[tuple[range, int]]:
-        """(first tokens, number of last predictions scored) of the windows that share the split.
-        Windows that continue a range past its end would score nothing."""
-        T, end = self.h.train_seq_len, self.targets
-        if stride in (0, T):
-            return [(range(0, end, T), T)]
-        return [(range(0, end, end), T), (range(stride, max(end - T, 0) + stride, stride), stride)]
+    def last_losses(self, model: GPT, starts: range, scored: int) -> tuple[Tensor, Tensor]:
+        """Positions in the split of the last `scored` targets of the windows that come next, and
+        their losses (B, scored); B is `rows`, which halves where memory runs out."""
+        device, T = self.tokens.device, self.h.train_seq_len
+        first = starts.start + starts.step * torch.arange(self.rows, device=device)
+        position = first[:, None] + torch.arange(T + 1, device=device)
+        window = self.tokens[position.clamp(max=self.targets)].long()
+        try:
+            hidden = self.hidden(model, window[:, :-1])[:, -scored:]
+            return position[:, -scored:], self.losses(model, hidden, window[:, -scored:])
+        except torch.cuda.OutOfMemoryError:
+            if self.rows == 1:
+                raise RunError(f"evaluation: one window of TRAIN_SEQ_LEN={T} needs more GPU memory "
+                               "than is free; free some, set EVAL_ONLY or RESUME_FROM") from None
+            self.rows //= 2
+        return self.last_losses(model, starts, scored)  # here the exception holds no tensors
     @torch.no_grad()
-    def score(self, model: GPT, stride: int = 0) -> Score:
-        """Plain (stride 0) or sliding windows over the whole split."""
-        began, device = time.perf_counter(), self.runtime.device
-        sums = torch.zeros(2, dtype=torch.float64, device=device)  # nats, tokens
-        for starts, scored in self.windows(stride):
-            mine = starts[self.runtime.rank :: self.runtime.world_size]
-            for i in range(0, len(mine), self.rows):  # the last batch goes on past the end
-                first = mine.start + mine.step * torch.arange(i, i + self.rows, device=device)
-                position = first[:, None] + torch.arange(self.h.train_seq_len + 1, device=device)
-                window = self.tokens[position.clamp(max=self.targets)].long()
-                hidden = self.hidden(model, window[:, :-1])[:, -scored:]
-                losses = self.losses(model, hidden, window[:, -scored:])
-                valid = position[:, -scored:] <= self.targets
-                sums[0] += torch.where(valid, losses.double(), 0.0).sum()
-                sums[1] += valid.sum()
-        nats, tokens = self.runtime.sum(sums).tolist()
-        assert int(tokens) == self.targets, f"scored {tokens} tokens, expected {self.targets}"
-        return Score(nats, self.targets, self.text_bytes, time.perf_counter() - began)
+    def score(self, model: GPT, stride: int = 0, log: RunLog | None = None) -> Score:
+        """Plain (stride 0) or sliding windows over the whole split; with `log`, tells how far."""
+        began, shown, T, end = time.perf_counter(), -1.0, self.h.train_seq_len, self.targets
+        # Going on past the end of a range gives windows that score nothing: they fill a batch.
+        groups = [(range(0, end, T), T)] if stride in (0, T) else [
+            (range(0, end, end), T), (range(stride, max(end - T, 0) + stride, stride), stride)]
+        # The loss of each token; before them how many were scored, after them what has no token.
+        nats = torch.zeros(end + 2, dtype=torch.float64, device=self.tokens.device)
+        for starts, scored in groups:
+            left = mine = starts[self.runtime.rank :: self.runtime.world_size]
+            while left:
+                position, losses = self.last_losses(model, left, scored)
+                nats[position.clamp(max=end + 1)] = losses.double()
+                nats[0] += (position <= end).sum()
+                left = left[len(losses) :]
+                if log and len(mine) > 1:  # not for the first sliding window, a group by itself
+                    shown = show_progress(log, 1 - len(left) / len(mine), began, shown)
+        nats = self.runtime.sum(nats)
+        assert int(nats[0]) == end, f"scored {nats[0]} tokens, expected {end}"
+        if log and self.h.eval_dump:
+            self.dump["sliding" if stride else "plain"] = nats[1:-1].to(torch.float32).cpu().numpy()
+        return Score(float(nats[1:-1].sum()), end, self.text_bytes, time.perf_counter() - began)
     def warm_up(self, model: GPT) -> None:
         """Compiles the evaluation graphs: scores dummy tokens, of which every rank has windows."""
         dummy = copy.copy(self)
@@ -1488,6 +1513,8 @@ def with_sample(h: Hyperparameters) -> Hyperparameters:
 def run(h: Hyperparameters, runtime: Runtime) -> None:
     """The stages: data -> train -> save -> pack -> score what is on disk -> report."""
     batch_layout(h, runtime.world_size)  # refuses what does not divide
+    if h.eval_dump and runtime.rank == 0 and not Path(h.eval_dump).absolute().parent.is_dir():
+        raise RunError(f"EVAL_DUMP={h.eval_dump}: expected a file in a folder that exists; make it")
     tokens, out = np.concatenate(open_split(h.data_path, "val")), Path(h.output_dir)
     check_vocabulary(tokens, h.vocab_size, f"{h.data_path}/fineweb_val_*.bin")
     evaluator = Evaluator(h, runtime, tokens, load_byte_table(h.tokenizer_path, h.vocab_size))
@@ -1502,7 +1529,7 @@ def run(h: Hyperparameters, runtime: Runtime) -> None:
         f"model_params:{h.parameters()} world_size:{runtime.world_size} seed:{h.seed}")
     kernels, scores, facts = choose_kernels(h, runtime, log), dict[str, Score](), dict[str, Any]()
     def score(stage: str, model: GPT, label: str, stride: int = 0) -> None:
-        scores[stage] = evaluator.score(model, stride)
+        scores[stage] = evaluator.score(model, stride, log)
         log(f"{label} {scores[stage]}")
     artifact = Path(h.eval_only or out / "final_model.ptz")
     if not h.eval_only:
@@ -1517,6 +1544,9 @@ def run(h: Hyperparameters, runtime: Runtime) -> None:
     score("packed", model, "final_int6_zstd_roundtrip_exact")
     if stride := h.eval_stride:
         score("sliding", model, f"final_int6_zstd_sliding_exact stride:{stride}", stride)
+    if h.eval_dump and runtime.rank == 0:
+        np.savez(archive := io.BytesIO(), **evaluator.dump)  # type: ignore[arg-type]
+        write_atomic(Path(h.eval_dump), archive.getvalue())
     report = submission(evaluator, environment["hardware"], scores, facts, len(content))
     if runtime.rank == 0 and not h.eval_only:
         write_atomic(out / "submission.json", (json.dumps(report, indent=2) + "\n").encode())

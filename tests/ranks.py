@@ -6,9 +6,11 @@ torchrun --standalone --nproc_per_node=N tests/ranks.py OUT.pt     (or `record` 
 import os
 import sys
 from typing import Any
+from unittest import mock
 
+import numpy as np
 import torch
-from support import tiny, train_gpt
+from support import tiny, tiny_model, train_gpt
 
 PLAIN_STEPS, QAT_STEPS, SEQUENCES = 20, 2, 6  # which 1, 2 and 3 ranks divide
 LAYOUT: dict[str, int] = dict(  # 8 matrices a bank and 1 of ve_proj: padded over 3 ranks
@@ -22,6 +24,18 @@ def tokens_of(step: int, vocab_size: int) -> torch.Tensor:
     start = torch.randint(2, vocab_size, (SEQUENCES, 1), generator=generator)
     stride = torch.randint(1, 4, (SEQUENCES, 1), generator=generator)
     return 2 + (start + stride * torch.arange(33)) % (vocab_size - 2)
+
+
+def evaluate(runtime: train_gpt.Runtime) -> dict[str, Any]:
+    """Sums and per-token losses of a split in float64, plain and sliding."""
+    h = tiny(eval_dump="kept")
+    tokens = np.random.default_rng(0).integers(1, h.vocab_size, 13 * h.train_seq_len + 5)
+    table = train_gpt.ByteTable(*np.ones((3, h.vocab_size), dtype=np.int64))
+    with mock.patch.object(torch.Tensor, "float", torch.Tensor.double):
+        evaluator = train_gpt.Evaluator(h, runtime, tokens.astype(np.uint16), table)
+        model = tiny_model(h, torch.float64)
+        nats = [evaluator.score(model, s, train_gpt.RunLog(None)).nats for s in (0, h.eval_stride)]
+    return {"nats": nats, "dump": {k: torch.from_numpy(v) for k, v in evaluator.dump.items()}}
 
 
 def record(runtime: train_gpt.Runtime) -> dict[str, Any]:
@@ -50,6 +64,7 @@ def record(runtime: train_gpt.Runtime) -> dict[str, Any]:
         "working": {n: p.detach().clone() for n, p in trainer.model.named_parameters()},
         "padding": max(b.padded.shape[0] - b.parameter.shape[0] for b in optimizer.banks),
     }
+    out |= evaluate(runtime)
     restore, before = optimizer.snapshot(), state()
     step(PLAIN_STEPS)
     losses.pop()

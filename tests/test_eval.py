@@ -4,7 +4,10 @@ import dataclasses
 import functools
 import itertools
 import math
+import re
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -188,7 +191,7 @@ def test_every_token_after_the_first_is_scored_exactly_once_with_enough_context(
                 if not math.isnan(place):
                     scored.append(int(place))
                     assert column >= min(place, T - stride if stride else 1), (place, column)
-    assert sorted(scored) == list(range(1, length))
+    assert scored == list(range(1, length)), "each once, from left to right"
     assert score.nats == sum(scored), "and what lies past the end adds nothing"
 
 
@@ -216,6 +219,7 @@ def test_the_batch_size_does_not_change_the_score(val_batch_size: int, stride: i
     h = dataclasses.replace(H, val_batch_size=val_batch_size)
     tokens = text(5 * T + 7)
     score = evaluator(tokens, h).score(model(), stride)
+    assert score.nats == pytest.approx(evaluator(tokens).score(model(), stride).nats, rel=1e-12)
     reference = nats_by_loop(len(tokens), stride)
     assert score.nats == pytest.approx(math.fsum(reference), rel=1e-9)
 
@@ -256,7 +260,7 @@ def test_the_number_of_ranks_does_not_change_the_score(
     tokens = text(length)
     one = evaluator(tokens).score(model(), stride)
     for score in score_by_ranks(tokens, stride, world, monkeypatch):
-        assert score.nats == pytest.approx(one.nats, rel=1e-9)
+        assert score.nats == pytest.approx(one.nats, rel=1e-12)
         assert (score.tokens, score.text_bytes) == (one.tokens, one.text_bytes)
 
 
@@ -298,14 +302,18 @@ def test_bits_per_byte_are_loss_in_bits_times_tokens_per_byte() -> None:
 # No side effects
 
 
-def test_scoring_changes_no_parameter_and_leaves_no_gradient() -> None:
+def test_scoring_changes_no_parameter_or_buffer_and_leaves_no_gradient() -> None:
     gpt = support.tiny_model(H, torch.float64)
-    before = {name: p.detach().clone() for name, p in gpt.named_parameters()}
+    gpt.register_buffer("canary", torch.ones(3))
+    before = {name: t.clone() for name, t in gpt.state_dict().items()}
     state = torch.get_rng_state()
     for stride in (0, 4):
         evaluator(text(5 * T + 7)).score(gpt, stride)
-    for name, p in gpt.named_parameters():
-        assert torch.equal(p, before[name]), name
+    after = gpt.state_dict()
+    assert before.keys() == after.keys()
+    for name, t in before.items():
+        assert torch.equal(t, after[name]), name
+    for p in gpt.parameters():
         assert p.grad is None
         assert p.requires_grad
     assert torch.equal(torch.get_rng_state(), state)
@@ -327,6 +335,153 @@ def test_the_tokens_given_are_not_changed() -> None:
 def test_a_split_with_nothing_to_score_is_refused(length: int) -> None:
     with pytest.raises(RunError, match="at least 2 tokens"):
         evaluator(text(2)[:length])
+
+
+# Per-token losses
+
+
+SILENT = train_gpt.RunLog(None)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_the_dump_holds_the_loss_of_every_token_in_order(length: int) -> None:
+    one = evaluator(text(length), dataclasses.replace(H, eval_dump="losses.npz"))
+    for name, stride in (("plain", 0), ("sliding", 4)):
+        one.score(model(), stride, SILENT)
+        assert one.dump[name].shape == (length - 1,) and one.dump[name].dtype == np.float32
+        assert one.dump[name] == pytest.approx(nats_by_loop(length, stride), rel=1e-7)
+
+
+def test_without_eval_dump_and_during_training_no_losses_are_kept() -> None:
+    one = evaluator(text(3 * T))
+    one.score(model(), 0, SILENT)
+    assert one.dump == {}
+    one = evaluator(text(3 * T), dataclasses.replace(H, eval_dump="losses.npz"))
+    one.score(model(), 0)  # as training does
+    assert one.dump == {}
+
+
+# Out of memory
+
+
+def memory_for(
+    rows: int, monkeypatch: pytest.MonkeyPatch, after: int = 0
+) -> list[int]:
+    """Windows of more than `rows` at once fail from the call number `after`; rows of each call."""
+    real, calls = train_gpt.GPT.final_hidden, list[int]()
+
+    def hidden(gpt: train_gpt.GPT, inputs: Tensor) -> Tensor:
+        calls.append(len(inputs))
+        if len(inputs) > rows and len(calls) > after:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB")
+        return real(gpt, inputs)
+
+    monkeypatch.setattr(train_gpt.GPT, "final_hidden", hidden)
+    return calls
+
+
+@pytest.mark.parametrize("stride", [0, 4])
+@pytest.mark.parametrize(("rows", "after"), [(1, 0), (2, 0), (5, 0), (5, 2), (1, 3)])
+def test_evaluation_that_runs_out_of_memory_goes_on_with_smaller_batches(
+    rows: int, after: int, stride: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    h = dataclasses.replace(H, val_batch_size=16 * T, micro_batch_tokens=16 * T)
+    tokens = text(60 * T + 7)
+    expected = evaluator(tokens, h).score(model(), stride)
+    calls = memory_for(rows, monkeypatch, after)
+    one = evaluator(tokens, h)
+    score = one.score(model(), stride)
+    assert score.nats == pytest.approx(expected.nats, rel=1e-12)
+    assert score.tokens == expected.tokens
+    failed = [n for n in calls[after:] if n > rows]
+    assert calls[0] == 16 and failed == [16, 8, 4, 2][: len(failed)], "each size fails only once"
+    assert one.rows == calls[-1] <= rows
+    assert one.rows * 2 > rows
+
+
+def test_a_window_that_does_not_fit_alone_is_refused_with_the_remedy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = memory_for(0, monkeypatch)
+    with pytest.raises(RunError, match=rf"TRAIN_SEQ_LEN={T}\b.*memory.*EVAL_ONLY or RESUME_FROM"):
+        evaluator(text(9 * T)).score(model())
+    assert calls == [3, 1]
+
+
+# Progress
+
+
+class Clock:
+    """Stands in for the module `time`: every batch takes `seconds`."""
+
+    def __init__(self, seconds: float, monkeypatch: pytest.MonkeyPatch):
+        self.now, real = 50.0, train_gpt.GPT.final_hidden
+
+        def hidden(gpt: train_gpt.GPT, inputs: Tensor) -> Tensor:
+            self.now += seconds
+            return real(gpt, inputs)
+
+        monkeypatch.setattr(train_gpt, "time", self)
+        monkeypatch.setattr(train_gpt.GPT, "final_hidden", hidden)
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+def progress_lines(path: Path, batches: int, stride: int = 0) -> list[str]:
+    """What an evaluation of so many batches of one window writes to the log at `path`."""
+    h = dataclasses.replace(H, val_batch_size=T)
+    length = 1 + batches * T if stride == 0 else 1 + T + (batches - 1) * stride
+    evaluator(text(length), h).score(model(), stride, train_gpt.RunLog(path))
+    return path.read_text().splitlines()
+
+
+@pytest.mark.parametrize("stride", [0, 4])
+def test_a_long_evaluation_tells_how_long_it_takes_and_then_each_tenth(
+    stride: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Clock(1.0, monkeypatch)
+    lines = progress_lines(tmp_path / "log", 200, stride)
+    matches = [re.fullmatch(r"eval:(\d+)% seconds:(\d+) left:(\d+)", line) for line in lines]
+    share, seconds, left = zip(*[[int(x) for x in m.groups()] for m in matches if m], strict=True)
+    assert len(share) == len(lines) and 10 <= len(lines) <= 11
+    assert share[0] <= 2 and seconds[0] <= 4, "the estimate comes first"
+    assert all(9 <= b - a <= 11 for a, b in itertools.pairwise(share)), "9 by rounding"
+    totals = [spent + rest for spent, rest in zip(seconds, left, strict=True)]
+    assert totals[0] == pytest.approx(200, rel=0.5), "the first sliding window counts as time only"
+    assert totals[1:] == pytest.approx([200] * (len(totals) - 1), rel=0.05)
+
+
+def test_few_batches_are_told_of_at_most_once_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Clock(7.0, monkeypatch)
+    assert [line.split()[0] for line in progress_lines(tmp_path / "log", 4)] == [
+        "eval:25%", "eval:50%", "eval:75%", "eval:100%"]  # fmt: skip
+
+
+def test_a_short_evaluation_and_those_of_training_are_silent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Clock(0.04, monkeypatch)
+    assert progress_lines(tmp_path / "log", 200) == []
+    Clock(1.0, monkeypatch)
+    evaluator(text(200 * T)).score(model())
+    evaluator(text(200 * T)).score(model(), 0, SILENT)  # another rank than 0
+    assert capsys.readouterr().out == ""
+
+
+def test_on_a_terminal_one_line_is_rewritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Clock(1.0, monkeypatch)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert progress_lines(tmp_path / "log", 200) == [], "the log is no terminal"
+    out = capsys.readouterr().out
+    assert "\n" not in out and out.count("\r") == len(out.split("\r")) - 1 > 190
+    assert out.split("\r")[-2] == "eval:100% seconds:200 left:0"
+    covered = len(str(Score(1e6, 10**6, 10**6, 100.0))) + len("stage:trained ")
+    assert max(map(len, out.split("\r"))) < covered
 
 
 KERNELS = train_gpt.Kernels(support.plain_attention)

@@ -473,3 +473,11 @@ def test_ranks_choose_the_same_qat_grid(alone: dict[str, Any], together: dict[st
 def test_padded_banks_are_restored_bit_for_bit(together: dict[str, Any]) -> None:
     assert together["padding"] > 0, "no bank is padded: the test is blind"
     assert together["restored"]
+
+
+def test_ranks_change_no_score(alone: dict[str, Any], together: dict[str, Any]) -> None:
+    assert together["nats"] == pytest.approx(alone["nats"], rel=1e-12)
+    assert together["dump"].keys() == alone["dump"].keys() == {"plain", "sliding"}
+    for (kind, whole), nats in zip(alone["dump"].items(), alone["nats"], strict=True):
+        torch.testing.assert_close(together["dump"][kind], whole, rtol=2e-7, atol=0)
+        assert float(whole.double().sum()) == pytest.approx(nats, rel=1e-7)

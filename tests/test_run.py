@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -104,17 +105,23 @@ class Launcher:
             write_shard(self.data / name / f"fineweb_{split}_000000.bin", tokens)
         return self.data / name
 
-    def start(self, name: str, ranks: int = 1, after: str = "", **settings: object) -> None:
+    def start(
+        self, name: str, ranks: int = 1, after: str = "", script: Path | None = None,
+        **settings: object,
+    ) -> None:  # fmt: skip
         """Queues a run; `after` names one, queued before, whose files it needs."""
 
         def wait_and_run() -> Finished:
             if after:
                 self.runs[after].result()
-            return self.run(name, ranks, settings)
+            if script:  # the program by itself
+                script.parent.mkdir()
+                shutil.copy(REPO / "train_gpt.py", script)
+            return self.run(name, ranks, settings, script or REPO / "train_gpt.py")
 
         self.runs[name] = self.pool.submit(wait_and_run)
 
-    def run(self, name: str, ranks: int, settings: dict[str, object]) -> Finished:
+    def run(self, name: str, ranks: int, settings: dict[str, object], script: Path) -> Finished:
         defaults = {
             "DATA_PATH": self.data / "good",
             "TOKENIZER_PATH": self.tokenizer,
@@ -129,7 +136,7 @@ class Launcher:
             command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
         began = time.perf_counter()
         done = subprocess.run(
-            [*command, str(REPO / "train_gpt.py")],
+            [*command, str(script)],
             env=env,
             cwd=self.folder,
             capture_output=True,
@@ -158,6 +165,7 @@ MISTAKES: dict[str, tuple[dict[str, object], str]] = {  # settings, pattern of t
     "bad override": (dict(ITERATIONS="many"), r"ITERATIONS='many'"),
     "zero length": (dict(TRAIN_SEQ_LEN=0), r"TRAIN_SEQ_LEN=0"),
     "unwritable output": (dict(OUTPUT_DIR="/dev/null/out"), r"/dev/null/out"),
+    "dump to no folder": (dict(EVAL_DUMP="/nowhere/x.npz"), r"EVAL_DUMP=/nowhere/x\.npz.*folder"),
     "no checkpoint": (dict(RESUME_FROM="FOREIGN"), r"RESUME_FROM=.*foreign\.pt"),
 }
 SHARED_MISTAKES = ["missing data", "bad override"]  # also by 2 ranks
@@ -169,7 +177,7 @@ def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
     launcher = Launcher(tmp_path_factory.mktemp("runs"))
     folder, tokens = launcher.folder, launcher.tokens
     launcher.start("one")
-    launcher.start("two", ranks=2)
+    launcher.start("two", ranks=2, EVAL_DUMP=folder / "losses.npz")
     made = {
         "SHORT": launcher.dataset("short", **tokens),
         "TRAIN_TOKEN": launcher.dataset(
@@ -198,6 +206,11 @@ def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
         "resume", after="two", OUTPUT_DIR=folder / "two", RESUME_FROM=folder / "two/final_model.pt"
     )
     launcher.start("no git", after="one", EVAL_ONLY=trained / "final_model.ptz", PATH="/nowhere")
+    shard = launcher.dataset("val_only", **tokens) / "fineweb_train_000000.bin"
+    shard.unlink()
+    launcher.start(
+        "alone", after="one", script=folder / "script/train_gpt.py", DATA_PATH=shard.parent,
+        EVAL_ONLY=trained / "final_model.ptz")  # fmt: skip
     launcher.start("other", after="one", EVAL_ONLY=trained / "final_model.ptz", NUM_LAYERS=5)
     launcher.start("capped", MAX_WALLCLOCK_SECONDS=2, ITERATIONS=100_000, VAL_LOSS_EVERY=0)
     yield launcher
@@ -325,6 +338,28 @@ def test_eval_only_repeats_the_score(finished: Get) -> None:
         assert again.score(line) == pytest.approx(trained.score(line), abs=1e-6)
     assert "train_loss" not in again.stdout
     assert not again.report, "submission.json was written"
+
+
+def test_artifact_script_and_validation_split_suffice_for_the_score(finished: Get) -> None:
+    trained, alone = finished("one"), finished("alone")
+    assert alone.status == 0, alone.stderr
+    for line in ("final_int6_zstd_roundtrip_exact", "final_int6_zstd_sliding_exact", "val_bpb"):
+        assert alone.score(line) == pytest.approx(trained.score(line), abs=1e-6)
+
+
+def test_the_dump_of_two_ranks_holds_the_losses_of_the_scores(
+    finished: Get, launcher: Launcher
+) -> None:
+    report = finished("two").report
+    text_bytes = sum(len(text.encode()) for text in documents(20, 2))
+    with np.load(launcher.folder / "losses.npz") as dump:
+        assert set(dump.files) == {"plain", "sliding"}
+        for name, key in (("plain", "val_bpb_roundtrip"), ("sliding", "val_bpb")):
+            assert dump[name].dtype == np.float32
+            assert dump[name].shape == (len(launcher.tokens["val"]) - 1,) == (report["val_tokens"],)
+            bpb = dump[name].sum(dtype=np.float64) / np.log(2) / text_bytes
+            assert bpb == pytest.approx(report[key], rel=1e-6)
+    assert not list(launcher.folder.glob("*.tmp"))
 
 
 def test_a_machine_without_git_runs_as_well(finished: Get) -> None:

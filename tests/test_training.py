@@ -351,6 +351,46 @@ def test_a_diverging_run_is_reported_and_not_packed(tmp_path: Path) -> None:
         Run(tiny(iterations=50, embed_lr=1e30, scalar_lr=1e30), tmp_path)
 
 
+# Legality
+
+
+def test_training_reads_no_validation_shard_and_trains_on_no_token_of_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Validation during training reads the split that was opened before; its shard is gone."""
+    h = tiny(data_path=str(tmp_path), output_dir=str(tmp_path), iterations=30, val_loss_every=7)
+    marked = 63  # only in the validation split
+    for i in range(2):
+        tokens = [min(token, marked - 1) for token in text(3000, i)]
+        write_shard(tmp_path / f"fineweb_train_{i:06}.bin", tokens)
+    val = write_shard(tmp_path / "fineweb_val_000000.bin", [1, *[marked] * 300])
+    (split,) = train_gpt.open_split(h.data_path, "val")
+    boundary = np.arange(VOCAB) == train_gpt.BOS_ID
+    table = ByteTable((~boundary).astype(np.int64), np.zeros(VOCAB, dtype=bool), boundary)
+    evaluator = Evaluator(h, cpu_runtime(), split.copy(), table)
+    val.unlink()
+    opened, seen = list[Path](), list[Tensor]()
+    read, step, warm_up = train_gpt.read_shard, Trainer.train_step, Trainer.warm_up
+
+    def recording(self: Trainer, tokens: Tensor, lr: float, momentum: float) -> Tensor:
+        seen.append(tokens)
+        return step(self, tokens, lr, momentum)
+
+    def then_clear(self: Trainer, evaluator: Evaluator) -> None:
+        warm_up(self, evaluator)
+        seen.clear()  # random tokens, and undone
+
+    monkeypatch.setattr(train_gpt, "read_shard", lambda path: (opened.append(path), read(path))[1])
+    monkeypatch.setattr(Trainer, "train_step", recording)
+    monkeypatch.setattr(Trainer, "warm_up", then_clear)
+    log = train_gpt.RunLog(tmp_path / "train.log")
+    train_gpt.obtain_weights(h, cpu_runtime(), log, evaluator, train_gpt.Kernels())
+    assert sum("val_bpb" in line for line in log.path.read_text().splitlines()) == 4  # type: ignore
+    assert sorted(path.name for path in opened) == [f"fineweb_train_{i:06}.bin" for i in range(2)]
+    assert len(seen) == 30
+    assert not any(bool((tokens == marked).any()) for tokens in seen)
+
+
 # Golden losses
 
 

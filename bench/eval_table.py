@@ -1,0 +1,70 @@
+"""Where the loss is: bpb by position in the window and by length of the document.
+
+    EVAL_ONLY=final_model.ptz EVAL_DUMP=losses.npz python train_gpt.py
+    DATA_PATH=... TOKENIZER_PATH=... python bench/eval_table.py losses.npz
+
+The dump holds the loss of every token after the first, in nats: `plain` and, if it was run,
+`sliding`.  Position counts from the start of the plain window (TRAIN_SEQ_LEN tokens), so sliding
+shows what the same tokens gain from more context.  A document reaches from its BOS to the token
+before the next one, and its length counts both; the BOS itself is a target of no bytes.
+"""
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+
+import train_gpt as tg
+
+
+def bytes_of(tokens: np.ndarray, table: tg.ByteTable) -> np.ndarray:
+    """UTF-8 bytes of every token after the first; they sum to `table.count(tokens)`."""
+    previous, target = tokens[:-1].astype(np.int64), tokens[1:].astype(np.int64)
+    return table.base[target] + (table.leading_space[target] & ~table.boundary[previous])
+
+
+def document_lengths(tokens: np.ndarray) -> np.ndarray:
+    """Tokens of the document that each token after the first belongs to."""
+    document = np.cumsum(tokens == tg.BOS_ID)  # 0: before the first BOS
+    return np.bincount(document)[document][1:]
+
+
+def table_by(title: str, groups: np.ndarray, nats: Mapping[str, np.ndarray],
+             text_bytes: np.ndarray) -> str:
+    """A row for each power of two that bounds `groups` from below, and one for all."""
+    exponents = np.log2(np.maximum(groups, 1)).astype(int)
+    rows = [f"| {title} | tokens | bytes | {' | '.join(f'{name} bpb' for name in nats)} |",
+            "|---|---|---|" + "---|" * len(nats)]
+    for e in [*range(exponents.min(), exponents.max() + 1), None]:
+        chosen = np.ones_like(exponents, dtype=bool) if e is None else exponents == e
+        size = int(text_bytes[chosen].sum())
+        if size:
+            scores = (x[chosen].sum(dtype=np.float64) / np.log(2) / size for x in nats.values())
+            label = "all" if e is None else f"{2**e:,} to {2 ** (e + 1) - 1:,}"
+            rows.append(f"| {label} | {chosen.sum():,} | {size:,} | "
+                        f"{' | '.join(f'{bpb:.4f}' for bpb in scores)} |")
+    return "\n".join(rows)
+
+
+def main(path: str) -> None:
+    h = tg.with_sample(tg.Hyperparameters.from_env(os.environ))
+    tokens = np.concatenate(tg.open_split(h.data_path, "val"))
+    text_bytes = bytes_of(tokens, tg.load_byte_table(h.tokenizer_path, h.vocab_size))
+    with np.load(path) as saved:
+        nats = {name: saved[name] for name in saved.files}
+    for name, losses in nats.items():
+        if len(losses) != len(tokens) - 1:
+            sys.exit(f"{path}: {name} holds {len(losses):,} losses, expected {len(tokens) - 1:,}, "
+                     f"one for each target of DATA_PATH={h.data_path}; set the one it was made of")
+    position = np.arange(len(tokens) - 1) % h.train_seq_len + 1
+    print(table_by("position in the plain window", position, nats, text_bytes), end="\n\n")
+    print(table_by("tokens of the document", document_lengths(tokens), nats, text_bytes))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
