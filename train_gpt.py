@@ -11,10 +11,9 @@ of 98,304 tokens on 1 x H100 with torch 2.11, n = 1 (`train.log`, `submission.js
     EVAL_ONLY=final_model.ptz torchrun ... train_gpt.py                       # score an artifact
     RESUME_FROM=final_model.pt torchrun ... train_gpt.py                      # pack and score again
 
-Every number that affects the result is a field of `Hyperparameters`; an environment variable of
-the same name in capitals overrides it.  Sections: 1 constants, 2 hyperparameters, 3 runtime,
-4 data, 5 quantizer, 6 attention kernels, 7 model, 8 optimizer and schedules, 9 weight averaging,
-10 pack and unpack, 11 evaluation, 12 training, 13 report and main.
+Every number that matters is a field of `Hyperparameters`; a variable of that name in capitals
+overrides it.  Sections: 1 constants, 2 hyperparameters, 3 runtime, 4 data, 5 quantizer, 6 kernels,
+7 model, 8 optimizer, 9 averaging, 10 pack and unpack, 11 evaluation, 12 training, 13 report.
 
 Shapes: B sequences, T positions, D model width, H query heads, K key/value heads, E head width,
 V vocabulary, L layers, N matrices of a bank, R rows, C columns; a name ending in `_BTD` has that
@@ -27,6 +26,7 @@ import contextlib
 import copy
 import dataclasses
 import difflib
+import functools
 import hashlib
 import io
 import itertools
@@ -74,8 +74,7 @@ class RunError(Exception):
 RETIRED = dict(  # names of the challenge's baseline that mean nothing here -> what to set instead
     MLP_MULT="MLP_HIDDEN", TIED_EMBED_LR="EMBED_LR", HEAD_LR="EMBED_LR",
     MUON_BACKEND_STEPS="MUON_STEPS", TIE_EMBEDDINGS="nothing: they are always tied",
-    MUON_MOMENTUM_WARMUP_START="MUON_MOMENTUM_START",
-    MUON_MOMENTUM_WARMUP_STEPS="MOMENTUM_WARMUP_FRACTION")
+    MUON_MOMENTUM_WARMUP_START="MUON_MOMENTUM", MUON_MOMENTUM_WARMUP_STEPS="MUON_MOMENTUM")
 
 @dataclass(frozen=True)
 class Hyperparameters:
@@ -114,8 +113,6 @@ class Hyperparameters:
     scalar_lr: float = 0.01  # AdamW, gains and gates
     weight_decay: float = 0.1  # Muon and AdamW, decoupled, times lr
     muon_momentum: float = 0.95  # runs at 0.99 ended 0.03 to 0.07 bpb higher (ABLATIONS.md)
-    muon_momentum_start: float = 0.92  # the first gradients are the least alike
-    momentum_warmup_fraction: float = 0.2  # of the run
     muon_steps: int = 5  # Newton-Schulz iterations
     beta1: float = 0.9  # AdamW, decay of the mean gradient per step
     beta2: float = 0.95  # AdamW, of its square; short, as the run is
@@ -170,8 +167,8 @@ class Hyperparameters:
              "train_seq_len train_batch_tokens val_batch_size train_log_every muon_steps "
              "warmup_steps"),
             (1e-12, math.inf, "rope_base logit_softcap adam_eps warmdown_fraction"),
-            (0, 1 - 1e-9, "beta1 beta2 muon_momentum muon_momentum_start"),
-            (0, 1, "warmdown_fraction momentum_warmup_fraction"), (1, 22, "zstd_level")):
+            (0, 1 - 1e-9, "beta1 beta2 muon_momentum"),
+            (0, 1, "warmdown_fraction"), (1, 22, "zstd_level")):
             for name in names.split():
                 require(low <= getattr(self, name) <= high, name, f"set it within {low} to {high}")
         for name, must, other in (
@@ -270,20 +267,6 @@ class RunLog:
             if not quiet:
                 print(line, flush=True)
 
-class Stopwatch:
-    """Seconds of training: runs between `start` and `stop`, which wait for the device."""
-    def __init__(self, device: torch.device):
-        self.device, self.total, self.began = device, 0.0, math.inf  # not begun
-    def start(self) -> None:
-        self.stop()
-        self.began = time.perf_counter()
-    def stop(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        self.total, self.began = self.elapsed(), math.inf
-    def elapsed(self) -> float:
-        return self.total + max(0.0, time.perf_counter() - self.began)
-
 def write_atomic(path: Path, content: bytes) -> None:
     """Either the whole new file or the old one: temporary file, fsync, rename."""
     with (temporary := path.with_name(path.name + ".tmp")).open("wb") as file:
@@ -358,8 +341,7 @@ def prefetch(plan: BatchPlan, rows: range, vocab_size: int, device: torch.device
             pending.append(reader.submit(read, step))
             yield pending.popleft().result().to(device, non_blocking=True)
 
-@dataclass(frozen=True)
-class ByteTable:
+class ByteTable(NamedTuple):
     """UTF-8 bytes that a target token adds to the text, by the challenge's rule (arrays of V)."""
     base: np.ndarray  # int64, without the leading space; a byte-fallback token is 1
     leading_space: np.ndarray  # bool, counted unless the previous token is a boundary
@@ -388,10 +370,9 @@ def load_byte_table(tokenizer_path: str, vocab_size: int) -> ByteTable:
     return ByteTable(np.where(boundary, 0, sizes), spaced & ~boundary, boundary)
 
 # ---- 5. Quantizer: one grid for late QAT and for export -----------------------------------------
-# An entropy-coded uniform quantiser is near the rate-distortion bound when every weight of equal
-# sensitivity has the same step; the rate is then log2(sigma/step) + 2 bits.  So a row's scale is
-# the common `step`, the one number the byte budget decides, unless its largest weights would
-# leave the code range: then the clip is searched (GPTQ-lite).
+# An entropy-coded uniform quantiser is near the rate-distortion bound if weights of one sensitivity
+# share one step; the rate is then log2(sigma/step) + 2 bits.  So a row's scale is the common `step`
+# that the byte budget decides, unless weights would leave the code range: then GPTQ-lite clips.
 CLIP_RATIOS = (1.0, 0.92, 0.84, 0.75, 0.6)  # of the row's largest magnitude
 
 class Grid(NamedTuple):
@@ -409,6 +390,10 @@ def export_grids(h: Hyperparameters) -> dict[str, Grid]:
     bank = Grid((127, *[31] * inner, 127) * 2, (ratio, *[1.0] * inner, ratio) * 2)
     return (dict.fromkeys(("qo_bank", "kv_bank", "mlp_bank"), bank)
             | dict.fromkeys(("tok_emb", "ve_emb", "ve_proj"), Grid((127,), (0.0,))))
+
+def matrices(w: Tensor) -> Tensor:
+    """A parameter as (N, R, C); a table is one matrix."""
+    return w.reshape(-1, *w.shape[-2:])
 
 def short_scale(x: Tensor) -> Tensor:
     """`x` to 16 significant bits: code times scale is exact, so rounding again changes nothing."""
@@ -431,16 +416,13 @@ def row_scales(w_NRC: Tensor, floor: Tensor, qmax: Tensor) -> Tensor:
 def encode(w_NRC: Tensor, scale_NR1: Tensor, qmax: Tensor) -> Tensor:
     """Integer codes in [-qmax, qmax], still float32."""
     return torch.clamp(torch.round(w_NRC / scale_NR1), -qmax, qmax)
-
 def dequantize(codes_NRC: Tensor, scale_NR1: Tensor) -> Tensor:
     """float32 weights; one rounding, so the same on every device."""
     return codes_NRC.float() * scale_NR1
-
 def quantize(w_NRC: Tensor, step: Tensor, qmax: Tensor, ratio: Tensor) -> tuple[Tensor, Tensor]:
     """int8 codes (N, R, C) and float32 row scales (N, R, 1) on the grid of `step` (0-d)."""
     scale = row_scales(w_NRC, step * ratio, qmax)
     return encode(w_NRC, scale, qmax).to(torch.int8), scale
-
 def fake_quantize(w_NRC: Tensor, step: Tensor, qmax: Tensor, ratio: Tensor) -> Tensor:
     """Exactly the float32 weights that packing `w` and reading them back would give."""
     return dequantize(*quantize(w_NRC, step, qmax, ratio))
@@ -478,7 +460,6 @@ def rotary_table(length: int, dims: int, base: float, device: torch.device) -> T
     frequency = base ** (-torch.arange(0, dims, 2, device=device, dtype=torch.float32) / dims)
     angle = torch.arange(length, device=device, dtype=torch.float32)[:, None] * frequency
     return torch.stack((angle.cos(), angle.sin()))[:, :, None, :]
-
 def apply_rotary(x_BTHE: Tensor, table: Tensor) -> Tensor:
     """Rotates the first dims of every head, leaves the others: partial RoPE (pg#315)."""
     half = table.shape[-1]
@@ -508,8 +489,7 @@ def exclude_self(y_BTHE: Tensor, v_BTKE: Tensor) -> Tensor:
 def sdpa(*backends: SDPBackend) -> Attend:
     """PyTorch's attention through one of `backends`; none named leaves the choice to PyTorch."""
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        gqa = q.shape[1] != k.shape[1]
+        q, k, v, gqa = *(x.transpose(1, 2) for x in (q, k, v)), q.shape[2] != k.shape[2]
         with sdpa_kernel(list(backends)) if backends else contextlib.nullcontext():
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
         return y.transpose(1, 2)
@@ -520,10 +500,7 @@ def attention_candidates() -> dict[str, Attend]:
     found = {"cudnn": sdpa(SDPBackend.CUDNN_ATTENTION), "flash": sdpa(SDPBackend.FLASH_ATTENTION)}
     with contextlib.suppress(ImportError):
         from flash_attn_interface import flash_attn_func  # type: ignore[import-not-found]
-        def fa3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            y = flash_attn_func(q, k, v, causal=True)
-            return y[0] if isinstance(y, tuple) else y
-        found["fa3"] = fa3
+        found["fa3"] = functools.partial(flash_attn_func, causal=True)
     return found
 
 def relu2_mlp(x_BTD: Tensor, up_ND: Tensor, down_ND: Tensor, scale: float) -> Tensor:
@@ -535,16 +512,6 @@ class Kernels(NamedTuple):
     attend: Attend = sdpa()
     heads: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]] = project_heads
     mlp: Callable[[Tensor, Tensor, Tensor, float], Tensor] = relu2_mlp
-
-@jit
-def finish_relu2(part, scale, post_desc, out_desc, m, n,  # type: ignore[no-untyped-def]
-                 BACKWARD: tl.constexpr):
-    part *= scale
-    if BACKWARD:
-        part *= 2 * tl.sqrt(post_desc.load([m, n]).to(tl.float32))
-    else:
-        part = tl.maximum(part, 0.0) * part
-    out_desc.store([m, n], part.to(out_desc.dtype))
 
 @jit
 def linear_relu2_kernel(a_desc, b_desc, scales, post_desc, out_desc,  # type: ignore[no-untyped-def]
@@ -565,10 +532,14 @@ def linear_relu2_kernel(a_desc, b_desc, scales, post_desc, out_desc,  # type: ig
         rows = m + tl.arange(0, BLOCK_M)
         scale = tl.load(scales + rows, mask=rows < out_desc.shape[0], other=0.0)[:, None]
         halves = tl.split(total.reshape(BLOCK_M, 2, 2 * QUARTER).permute(0, 2, 1))
-        for i in tl.static_range(2):
-            left, right = tl.split(halves[i].reshape(BLOCK_M, 2, QUARTER).permute(0, 2, 1))
-            finish_relu2(left, scale, post_desc, out_desc, m, n + 2 * i * QUARTER, BACKWARD)
-            finish_relu2(right, scale, post_desc, out_desc, m, n + (2 * i + 1) * QUARTER, BACKWARD)
+        for i in tl.static_range(4):
+            half = halves[i // 2].reshape(BLOCK_M, 2, QUARTER).permute(0, 2, 1)
+            part, at = tl.split(half)[i % 2] * scale, n + i * QUARTER
+            if BACKWARD:
+                part *= 2 * tl.sqrt(post_desc.load([m, at]).to(tl.float32))
+            else:
+                part = tl.maximum(part, 0.0) * part
+            out_desc.store([m, at], part.to(out_desc.dtype))
 
 @torch.library.custom_op("golf::linear_relu2", mutates_args=())
 def linear_relu2(a_MK: Tensor, b_NK: Tensor, scale_M: Tensor,
@@ -582,35 +553,31 @@ def linear_relu2(a_MK: Tensor, b_NK: Tensor, scale_M: Tensor,
     linear_relu2_kernel[(programs,)](a, b, scale_M, post, out, post_MN is not None, num_warps=8,
                                      num_stages=4)
     return out_MN
-
 linear_relu2.register_fake(lambda a, b, scale, post=None: a.new_empty(len(a), len(b)))
 
 class FusedMLP(torch.autograd.Function):
     """`relu2_mlp` that writes neither the normed input, whose scale per row the products apply as
     they finish, nor anything between them but the squares: the derivative is 2 sqrt(post)."""
     @staticmethod
-    def forward(ctx: Any, x_MD: Tensor, up_ND: Tensor, down_ND: Tensor, depth: float) -> Tensor:
+    def forward(ctx: Any, x_BTD: Tensor, up_ND: Tensor, down_ND: Tensor, depth: float) -> Tensor:
+        x_MD, ctx.depth = x_BTD.flatten(0, 1), depth
         scale_M = depth * torch.rsqrt(x_MD.float().square().mean(-1) + 1e-6)
         post_MN = linear_relu2(x_MD, up_ND, scale_M)
         ctx.save_for_backward(x_MD, up_ND, down_ND, scale_M, post_MN)
-        ctx.depth = depth
-        return post_MN @ down_ND
+        return (post_MN @ down_ND).view_as(x_BTD)
     @staticmethod
-    def backward(ctx: Any, dy_MD: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        x_MD, up_ND, down_ND, scale_M, post_MN = ctx.saved_tensors
+    def backward(ctx: Any, dy_BTD: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        (x_MD, up_ND, down_ND, scale_M, post_MN), dy_MD = ctx.saved_tensors, dy_BTD.flatten(0, 1)
         du_MN = linear_relu2(dy_MD, down_ND, scale_M, post_MN)  # already times the norm's scale
         dx_MD, x32 = (du_MN @ up_ND).float(), x_MD.float()
         along = (dx_MD * x32).mean(-1, keepdim=True) * (scale_M / ctx.depth).square()[:, None]
-        return (dx_MD - along * x32).to(x_MD.dtype), du_MN.T @ x_MD, post_MN.T @ dy_MD, None
-
-def fused_mlp(x_BTD: Tensor, up_ND: Tensor, down_ND: Tensor, scale: float) -> Tensor:
-    return FusedMLP.apply(x_BTD.flatten(0, 1), up_ND, down_ND, scale).view(x_BTD.shape)
+        dx = (dx_MD - along * x32).to(x_MD.dtype).view_as(dy_BTD)
+        return dx, du_MN.T @ x_MD, post_MN.T @ dy_MD, None
 
 @jit
 def heads_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0913
-                 qkv, gain, rotary, q, k, v, dqkv, dgain, T,
-                 HALF: tl.constexpr, H: tl.constexpr, K: tl.constexpr, E: tl.constexpr,
-                 ROWS: tl.constexpr, BACKWARD: tl.constexpr):
+        qkv, gain, rotary, q, k, v, dqkv, dgain, T, HALF: tl.constexpr, H: tl.constexpr,
+        K: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr, BACKWARD: tl.constexpr):
     """RMS norm, partial RoPE and gain for one head of ROWS tokens: from qkv to q and k.
     BACKWARD: from the gradients in q, k and v to dqkv and this program's part of dgain."""
     head = tl.program_id(1)
@@ -664,35 +631,28 @@ def norm_rotate(qkv_MC: Tensor, gain_H: Tensor, rotary: Tensor, width: int,
     heads_kernel[(len(qkv_MC) // HEAD_ROWS, H + K * (2 if grads else 1))](
         qkv_MC, gain_H, rotary, *sides, *outputs, T, half, H, K, width, HEAD_ROWS, bool(grads))
     return outputs
-
 norm_rotate.register_fake(heads_outputs)
 
 class FusedHeads(torch.autograd.Function):
     """`project_heads` with one product for the three projections, in backward too."""
     @staticmethod
-    def forward(ctx: Any, x_MD: Tensor, w_CD: Tensor, gain_H: Tensor,
+    def forward(ctx: Any, x_BTD: Tensor, w_CD: Tensor, gain_H: Tensor,
                 rotary: Tensor) -> tuple[Tensor, ...]:
+        x_MD, ctx.width = x_BTD.flatten(0, 1), x_BTD.shape[-1] // len(gain_H)
         qkv_MC = x_MD @ w_CD.T
-        q, k = norm_rotate(qkv_MC, gain_H, rotary, x_MD.shape[1] // len(gain_H), [])
+        q, k = norm_rotate(qkv_MC, gain_H, rotary, ctx.width, [])
         ctx.save_for_backward(x_MD, w_CD, gain_H, rotary, qkv_MC)
-        return q, k, qkv_MC[:, -k.shape[1]:]
+        v = qkv_MC[:, -k.shape[1] :]
+        return tuple(y.view(*x_BTD.shape[:2], -1, ctx.width) for y in (q, k, v))
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         x_MD, w_CD, gain_H, rotary, qkv_MC = ctx.saved_tensors
-        width = x_MD.shape[1] // len(gain_H)
-        dqkv_MC, parts = norm_rotate(qkv_MC, gain_H, rotary, width, list(grads))
-        return dqkv_MC @ w_CD, dqkv_MC.T @ x_MD, parts.sum(0).to(gain_H.dtype), None
-
-def fused_heads(x_BTD: Tensor, w_CD: Tensor, gain_H: Tensor,
-                rotary: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    B, T, D = x_BTD.shape
-    flat = FusedHeads.apply(x_BTD.flatten(0, 1), w_CD, gain_H, rotary)
-    q, k, v = (y.view(B, T, -1, D // len(gain_H)) for y in flat)
-    return q, k, v
+        dqkv_MC, parts = norm_rotate(qkv_MC, gain_H, rotary, ctx.width, list(grads))
+        dx_BTD = (dqkv_MC @ w_CD).view(*grads[0].shape[:2], -1)
+        return dx_BTD, dqkv_MC.T @ x_MD, parts.sum(0).to(gain_H.dtype), None
 
 def choose_kernels(h: Hyperparameters, runtime: Runtime, log: RunLog) -> Kernels:
-    """The fastest attention whose output and gradients agree with float32 math on this device, and
-    the fused layers where the GPU (Hopper's TMA) and the shapes allow."""
+    """The fastest attention that agrees with float32 math, and fused layers where they can run."""
     if runtime.device.type != "cuda":
         log("attention:sdpa, plain layers (the only ones on a CPU)")
         return Kernels()
@@ -707,33 +667,31 @@ def choose_kernels(h: Hyperparameters, runtime: Runtime, log: RunLog) -> Kernels
             log(f"attention:{name} refused ({type(problem).__name__}: {str(problem)[:120]})")
     if not timings:
         raise RunError("attention: no kernel is correct on this GPU; set DEVICE=cpu")
-    best = runtime.agree_on(min(timings, key=lambda name: timings[name]))
+    best = runtime.agree_on(min(timings, key=timings.__getitem__))
     fused = torch.cuda.get_device_capability() >= (9, 0) and not (
         h.mlp_hidden % 8 or h.model_dim % 8 or h.train_seq_len % HEAD_ROWS
         or h.head_dim & (h.head_dim - 1))
     log(f"attention:{best} (fastest correct), {'fused' if fused else 'plain'} layers (fused ones "
         f"need Hopper, widths in 8s, heads a power of 2 wide, TRAIN_SEQ_LEN in {HEAD_ROWS}s)")
-    layers = (fused_heads, fused_mlp) if fused else ()
-    return Kernels(candidates[best], *layers)
+    return Kernels(candidates[best], *((FusedHeads.apply, FusedMLP.apply) if fused else ()))
 
 def attention_trial(h: Hyperparameters, attend: Attend,
                     device: torch.device) -> tuple[float, float]:
     """Largest relative error of output and gradients, and median ms of forward + backward."""
     from triton.testing import do_bench
     generator = torch.Generator(device).manual_seed(0)
-    def inputs(sequences: int) -> list[Tensor]:
-        return [torch.randn(sequences, h.train_seq_len, heads, h.head_dim, generator=generator,
-                            device=device).bfloat16()
+    def inputs(rows: int) -> list[Tensor]:
+        return [torch.randn(rows, h.train_seq_len, heads, h.head_dim, generator=generator,
+                            device=device).bfloat16().requires_grad_()
                 for heads in (h.num_heads, h.num_kv_heads, h.num_kv_heads, h.num_heads)]
-    def run(function: Attend, tensors: list[Tensor]) -> list[Tensor]:
-        q, k, v = (t.detach().requires_grad_() for t in tensors[:3])
+    def run(function: Attend, q: Tensor, k: Tensor, v: Tensor, dy: Tensor) -> list[Tensor]:
         y = function(q, k, v)
-        return [y.detach(), *torch.autograd.grad(y, (q, k, v), tensors[3].to(y.dtype))]
-    small, full = inputs(2), inputs(max(1, h.micro_batch_tokens // h.train_seq_len))
-    exact = run(sdpa(SDPBackend.MATH), [t.float() for t in small])
+        return [y, *torch.autograd.grad(y, (q, k, v), dy)]
+    few, full = inputs(2), inputs(max(1, h.micro_batch_tokens // h.train_seq_len))
+    exact = run(sdpa(SDPBackend.MATH), *(t.float() for t in few))
     error = max(float((a.float() - b).norm() / b.norm())
-                for a, b in zip(run(attend, small), exact, strict=True))
-    return error, do_bench(lambda: run(attend, full), return_mode="median")
+                for a, b in zip(run(attend, *few), exact, strict=True))
+    return error, do_bench(lambda: run(attend, *full), return_mode="median")
 
 # ---- 7. Model -----------------------------------------------------------------------------------
 def parameter_shapes(h: Hyperparameters) -> dict[str, tuple[int, ...]]:
@@ -751,18 +709,16 @@ def parameter_shapes(h: Hyperparameters) -> dict[str, tuple[int, ...]]:
 def initial_weights(h: Hyperparameters) -> dict[str, Tensor]:
     """float32 starting point from the seed.  Orthogonal where a matrix reads the residual stream
     (every record since pg#198), zero where one writes to it, so that blocks start as identity."""
-    generator = torch.Generator().manual_seed(h.seed)
-    layers = h.num_layers
+    generator, layers = torch.Generator().manual_seed(h.seed), h.num_layers
     w = {name: torch.zeros(shape) for name, shape in parameter_shapes(h).items()}
     w["tok_emb"].normal_(std=h.embed_init_std, generator=generator)
     w["ve_emb"].normal_(std=0.01, generator=generator)
     for matrix in (*w["qo_bank"][:layers], *w["kv_bank"], *w["mlp_bank"][:layers]):
         nn.init.orthogonal_(matrix, generator=generator)
     w["resid_mix"][:, 0] = 1.0
-    for name in ("attn_scale", "mlp_scale", "skip_weight"):
-        w[name].fill_(1.0)
-    w["q_gain"].fill_(h.qk_gain_init)
-    w["ve_scale"].fill_(0.1)
+    for name, value in dict(attn_scale=1.0, mlp_scale=1.0, skip_weight=1.0, ve_scale=0.1,
+                            q_gain=h.qk_gain_init).items():
+        w[name].fill_(value)
     return w
 
 def smear(x_BTD: Tensor, gate_D: Tensor, inputs_BT: Tensor) -> Tensor:
@@ -799,8 +755,7 @@ class GPT(nn.Module):
         ve = F.embedding(inputs_BT, F.linear(self.ve_emb, self.ve_proj[0]))
         rotary = rotary_table(x.shape[1], h.rope_dims, h.rope_base, x.device)
         (w_q, w_o), (up, down) = self.qo_bank.chunk(2), self.mlp_bank.chunk(2)
-        # Output scales are folded into the matrices: exact, and no pass over B*T*D.  unbind,
-        # unlike indexing, gives one backward kernel a bank.
+        # Output scales fold into the matrices; unbind, unlike indexing, has one backward kernel.
         qkv = torch.cat((w_q, *self.kv_bank.chunk(2)), 1).unbind(0)
         out = (w_o * self.attn_scale[:, :, None]).unbind(0)
         up, down = up.unbind(0), (down * self.mlp_scale[:, None]).unbind(0)
@@ -834,16 +789,10 @@ reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sca
 def progress_of(h: Hyperparameters, step: int, elapsed: float) -> float:
     """Share of the run that is over, in [0, 1]: of the steps or of the clock, the larger."""
     return min(1.0, max(step / h.iterations, elapsed / (h.max_wallclock_seconds or math.inf)))
-
 def lr_scale(h: Hyperparameters, progress: float, total_steps: float = 0.0) -> float:
     """1, then linearly to 0 over the warm-down; `total_steps` turns warmdown_iters to a share."""
     share = h.warmdown_iters / (total_steps or h.iterations) or h.warmdown_fraction
     return min(1.0, (1.0 - progress) / min(1.0, share))
-
-def muon_momentum(h: Hyperparameters, progress: float) -> float:
-    """Linear warm-up, then constant."""
-    ramp = min(1.0, progress / h.momentum_warmup_fraction) if h.momentum_warmup_fraction else 1.0
-    return h.muon_momentum_start + ramp * (h.muon_momentum - h.muon_momentum_start)
 
 def newton_schulz(g_NRC: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
     """Batched quintic iteration towards the polar factor U V^T of each matrix; singular values
@@ -858,7 +807,7 @@ def newton_schulz(g_NRC: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
     return x.mT if g_NRC.shape[-2] > g_NRC.shape[-1] else x
 
 def muon_update(grad: Tensor, momentum: Tensor, master: Tensor, update_scale: Tensor, clip: Tensor,
-                lr: Tensor, beta: Tensor, decay: float, steps: int, dtype: torch.dtype) -> None:
+                lr: Tensor, beta: float, decay: float, steps: int, dtype: torch.dtype) -> None:
     """In-place Nesterov momentum, orthogonalisation, decoupled decay of a shard (n, R, C)."""
     g = grad.float() * clip
     momentum.lerp_(g, 1 - beta)
@@ -866,17 +815,15 @@ def muon_update(grad: Tensor, momentum: Tensor, master: Tensor, update_scale: Te
     master.mul_(1 - lr * decay).sub_(lr * update_scale * update)
 
 def adamw_update(grad: Tensor, mean: Tensor, square: Tensor, master: Tensor, clip: Tensor,
-                 lr: Tensor, step: Tensor, betas: tuple[float, float], eps: float,
-                 decay: float) -> None:
+                 lr: Tensor, step: Tensor, h: Hyperparameters) -> None:
     """In-place AdamW (Loshchilov & Hutter, 2019) of a flat vector; `lr` per element."""
     g = grad * clip
-    mean.lerp_(g, 1 - betas[0])
-    square.lerp_(g.square(), 1 - betas[1])
-    root = (square / (1 - betas[1] ** step)).sqrt() + eps
-    master.mul_(1 - lr * decay).sub_(lr * mean / (1 - betas[0] ** step) / root)
+    mean.lerp_(g, 1 - h.beta1)
+    square.lerp_(g.square(), 1 - h.beta2)
+    root = (square / (1 - h.beta2**step)).sqrt() + h.adam_eps
+    master.mul_(1 - lr * h.weight_decay).sub_(lr * mean / (1 - h.beta1**step) / root)
 
-@dataclass
-class Bank:
+class Bank(NamedTuple):
     """One Muon bank on this rank: a slice of n = ceil(N / ranks) matrices of a padded bank."""
     name: str
     parameter: nn.Parameter  # (N, R, C) working weights, the first rows of `padded`
@@ -884,23 +831,18 @@ class Bank:
     master: Tensor  # (n, R, C) float32
     momentum: Tensor  # (n, R, C) float32
     update_scale: Tensor  # (n, 1, 1) float32: sqrt(max(1, fan_out / fan_in))
-    qmax: Tensor  # (n, 1, 1), with ratio the export grid of this rank's matrices
-    ratio: Tensor
 
 class Optimizer:
-    """Muon on the banks, sharded over ranks; AdamW on the rest, replicated.
-
-    float32 masters live here; the model holds working weights, which `write_back` rounds from
-    the masters: plainly, or late in the run on the export grid.  The straight-through gradient
-    of rounding is the identity, so late QAT needs nothing in the model's graph.  Gradients are
-    summed over ranks here, and no other wrapper is needed."""
+    """Muon on the banks, sharded over ranks; AdamW on the rest, replicated.  float32 masters live
+    here; the model holds working weights, which `write_back` rounds from them: plainly, or late in
+    the run on the export grid.  The straight-through gradient of rounding is the identity, so late
+    QAT needs nothing in the model's graph.  Gradients are summed over ranks here."""
     def __init__(self, model: GPT, h: Hyperparameters, runtime: Runtime):
-        self.model, self.h, self.runtime, self.grids = model, h, runtime, export_grids(h)
+        self.model, self.h, self.runtime = model, h, runtime
         parameters = dict(model.named_parameters())
         self.names = list(parameters)
-        groups = (*MATRICES, *TABLES, *VECTORS)
-        assert len(set(groups)) == len(groups), "optimizer groups overlap"
-        assert set(groups) == set(parameters), set(groups) ^ set(parameters)
+        groups = sorted((*MATRICES, *TABLES, *VECTORS))
+        assert groups == sorted(parameters), f"groups {groups} are no partition of {self.names}"
         self.banks = [self._bank(name, parameters[name]) for name in MATRICES]
         self.small = {name: parameters[name] for name in (*TABLES, *VECTORS)}
         # All small gradients and the loss share one buffer, so they need one collective.
@@ -910,11 +852,15 @@ class Optimizer:
         self.small_masters = self.split(self.flat_master)
         self.small_lr = torch.cat([torch.full_like(w.flatten(), h.embed_lr if name in TABLES
                                    else h.scalar_lr) for name, w in self.small_masters.items()])
-        # On the device, where a CUDA graph finds what changed: scales of lr, steps so far ...
-        self.lr, self.beta, self.steps, self.grid_step = torch.zeros(4, device=runtime.device)
-        # Made once: copying numbers to the device stops the host until the queue is empty.
-        self.small_grids = {name: self.grids[name].tensors(master)
-                            for name, master in self.small_masters.items() if name in self.grids}
+        # On the device, where a CUDA graph finds what changed: the scale of every group's lr ...
+        self.lr, self.steps, self.grid_step = torch.zeros(3, device=runtime.device)
+        # Of this rank's matrices; made once, as copying numbers stops the host until all is done.
+        self.grids = dict[str, tuple[Tensor, Tensor]]()
+        for name, grid in export_grids(h).items():
+            n = len(matrices(self.masters()[name]))
+            first = n * runtime.rank if name in MATRICES else 0
+            own = ((*values, *[1] * n * runtime.world_size)[first : first + n] for values in grid)
+            self.grids[name] = Grid(*own).tensors(self.flat)
         self.muon_update = runtime.compile(muon_update)
         self.adamw_update = runtime.compile(adamw_update)
         self.qat_step: Tensor | None = None  # 0-d step of the export grid; None: no rounding
@@ -931,26 +877,25 @@ class Optimizer:
         padded[:count] = parameter.data
         parameter.data = padded[:count]
         mine = slice(self.runtime.rank * share, (self.runtime.rank + 1) * share)
-        fans = [rows / columns] * count
+        fans = [rows / columns] * len(padded)
         if name == "mlp_bank":  # the second half is stored transposed
-            fans[count // 2 :] = [columns / rows] * (count // 2)
-        scale = torch.tensor([max(1.0, f) ** 0.5 for f in fans], device=device).view(-1, 1, 1)
-        qmax, ratio = self.grids[name].tensors(padded)
-        padding = share * world - count
-        scale, qmax, ratio = (F.pad(t, (0, 0, 0, 0, 0, padding), value=1.0)[mine].clone()
-                              for t in (scale, qmax, ratio))
+            fans[count // 2 :] = [columns / rows] * len(fans[count // 2 :])
+        scale = torch.tensor([max(1.0, fan) ** 0.5 for fan in fans[mine]], device=device)
         master = padded[mine].float().clone()  # float() alone would alias float32 weights
-        return Bank(name, parameter, padded, master, torch.zeros_like(master), scale, qmax, ratio)
-    def set(self, lr: float, momentum: float) -> None:
-        """For the next update; `lr` scales every group's own."""
-        self.lr.fill_(lr)
-        self.beta.fill_(momentum)
+        return Bank(name, parameter, padded, master, torch.zeros_like(master), scale.view(-1, 1, 1))
     @torch.no_grad()
     def update(self, sums: list[Tensor]) -> Tensor:
         """One step, on the device alone.  `sums`: this rank's share of the global mean loss (0-d)
         and of its gradients, in `model.parameters()` order; returns the loss over all ranks."""
         by_name = dict(zip(self.names, sums[1:], strict=True))
-        shards, pending = self._reduce_scatter(by_name)
+        shards, pending = [], []  # this rank's matrices, summed over ranks when the work is done
+        for bank in self.banks:
+            shards.append(by_name[bank.name])
+            if self.runtime.world_size > 1:
+                whole = torch.zeros_like(bank.padded)
+                whole[: len(shards[-1])] = shards[-1]
+                shards[-1] = torch.empty_like(bank.master, dtype=whole.dtype)
+                pending.append(reduce_scatter(shards[-1], whole, async_op=True))
         torch._foreach_copy_(list(self.split(self.flat[:-1]).values()),
                              [by_name[name] for name in self.small])
         self.flat[-1] = sums[0]
@@ -964,54 +909,36 @@ class Optimizer:
         matrix_lr = self.lr * h.matrix_lr
         for bank, shard in zip(self.banks, shards, strict=True):
             self.muon_update(shard, bank.momentum, bank.master, bank.update_scale, clip, matrix_lr,
-                             self.beta, h.weight_decay, h.muon_steps, self.runtime.dtype)
+                             h.muon_momentum, h.weight_decay, h.muon_steps, self.runtime.dtype)
         self.steps += 1
         self.adamw_update(small, self.mean, self.square, self.flat_master, clip,
-                          self.lr * self.small_lr, self.steps, (h.beta1, h.beta2), h.adam_eps,
-                          h.weight_decay)
+                          self.lr * self.small_lr, self.steps, h)
         self.write_back()
         return self.flat[-1].clone()
-    def _reduce_scatter(self, gradients: Mapping[str, Tensor]) -> tuple[list[Tensor], list[Any]]:
-        """This rank's matrices of each bank, summed over ranks once the returned work is done."""
-        if self.runtime.world_size == 1:
-            return [gradients[bank.name] for bank in self.banks], []
-        shards, pending = [], []
-        for bank in self.banks:
-            whole = torch.zeros_like(bank.padded)
-            whole[: len(gradients[bank.name])] = gradients[bank.name]
-            shards.append(torch.empty_like(bank.master, dtype=whole.dtype))
-            pending.append(reduce_scatter(shards[-1], whole, async_op=True))
-        return shards, pending
     @torch.no_grad()
     def write_back(self) -> None:
         """Working weights from the masters, on the export grid if late QAT is on."""
-        pending = []
+        new, pending = self.masters(), []
+        for name, grid in self.grids.items() if self.qat_step is not None else ():
+            new[name] = fake_quantize(matrices(new[name]), self.grid_step, *grid).view_as(new[name])
         for bank in self.banks:
-            new = bank.master
-            if self.qat_step is not None:
-                new = fake_quantize(new, self.qat_step, bank.qmax, bank.ratio)
             if self.runtime.world_size == 1:
-                bank.padded.copy_(new)
+                bank.padded.copy_(new[bank.name])
             else:
-                new = new.to(bank.padded.dtype)
-                pending.append(all_gather(bank.padded, new, async_op=True))
-        new_small = dict(self.small_masters)
-        if self.qat_step is not None:
-            for name, grid in self.small_grids.items():
-                new_small[name] = fake_quantize(new_small[name][None], self.qat_step, *grid)[0]
-        torch._foreach_copy_(list(self.small.values()), list(new_small.values()))
+                mine = new[bank.name].to(bank.padded.dtype)
+                pending.append(all_gather(bank.padded, mine, async_op=True))
+        torch._foreach_copy_(list(self.small.values()), [new[name] for name in self.small])
         for work in pending:
             work.wait()
     def start_qat(self, weight_bytes: float) -> float:
         """Turns late QAT on, on the grid whose entropy fills `weight_bytes`; returns its step."""
-        tables = [(self.small_masters[name][None], *grid)
-                  for name, grid in self.small_grids.items()]
-        banks = [(bank.master, bank.qmax, bank.ratio) for bank in self.banks]
+        masters = self.masters()
         def size_of(step: float) -> float:
-            box = torch.tensor(step, device=self.runtime.device)
-            shared, own = (sum(entropy_bits(quantize(m, box, *grid)[0]) for m, *grid in group)
-                           for group in (tables, banks))
-            return (shared + float(self.runtime.sum(torch.tensor(own, dtype=torch.float64)))) / 8
+            bits = torch.zeros(2, dtype=torch.float64)  # of the tables, on all ranks; of banks
+            for name, grid in self.grids.items():
+                codes, _ = quantize(matrices(masters[name]), self.grid_step.fill_(step), *grid)
+                bits[int(name in MATRICES)] += entropy_bits(codes)
+            return float(bits[0] + self.runtime.sum(bits[1])) / 8
         step = self.runtime.agree_on(fit_step(size_of, weight_bytes))
         self.qat_step = self.grid_step.fill_(step)
         return step
@@ -1020,20 +947,19 @@ class Optimizer:
         return {bank.name: bank.master for bank in self.banks} | self.small_masters
     def gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Whole parameters from tensors laid out like `masters()`."""
-        whole = {name: tensors[name].clone() for name in self.small_masters}
+        whole = {name: tensor.clone() for name, tensor in tensors.items()}
         for bank in self.banks:
-            parts = tensors[bank.name].clone()
             if self.runtime.world_size > 1:
-                parts = parts.new_empty(bank.padded.shape)
-                all_gather(parts, tensors[bank.name])
-            whole[bank.name] = parts[: bank.parameter.shape[0]]
+                whole[bank.name] = bank.master.new_empty(bank.padded.shape)
+                all_gather(whole[bank.name], tensors[bank.name])
+            whole[bank.name] = whole[bank.name][: len(bank.parameter)]
         return {name: whole[name] for name in self.names}
     def snapshot(self) -> Callable[[], None]:
         """Copies all state of model and optimizer; the returned function puts it back."""
-        tensors = [*self.model.parameters(), self.flat_master, self.mean, self.square, self.steps]
+        tensors = [p.data for p in self.model.parameters()]
+        tensors += [self.flat_master, self.mean, self.square, self.steps]
         tensors += [t for bank in self.banks for t in (bank.padded, bank.master, bank.momentum)]
-        saved, qat_step = [t.detach().clone() for t in tensors], self.qat_step
-        @torch.no_grad()
+        saved, qat_step = [t.clone() for t in tensors], self.qat_step
         def restore() -> None:
             torch._foreach_copy_(tensors, saved)
             self.qat_step = qat_step
@@ -1063,7 +989,7 @@ def rounded(state: Mapping[str, Tensor], h: Hyperparameters,
             step: float) -> Iterator[tuple[str, Tensor, Tensor]]:
     """(name, int8 codes (N, R, C), float32 scales (N, R, 1)) of every tensor that has a grid."""
     for name, grid in export_grids(h).items():
-        w = state[name].reshape(-1, *state[name].shape[-2:])
+        w = matrices(state[name])
         yield name, *quantize(w, torch.tensor(step, device=w.device), *grid.tensors(w))
 
 def pack(state: Mapping[str, Tensor], h: Hyperparameters, step: float) -> bytes:
@@ -1162,22 +1088,21 @@ class Score:
         return f"val_loss:{self.loss:.8f} val_bpb:{self.bpb:.8f} eval_time:{self.seconds:.1f}s"
 
 def show_progress(log: RunLog, share: float, began: float, shown: float) -> float:
-    """Tells of an evaluation of over 10 s, in a log at each tenth; returns the share last logged.
-    No events: a full launch queue, after 2 s, holds the host a few batches ahead of the device."""
+    """Tells of an evaluation of over 10 s, at each tenth in a log; returns the share last told."""
     seconds = time.perf_counter() - began
-    if log.path and seconds > max(2, 10 * share) and share >= shown + 0.1:
-        line = f"eval:{share:.0%} seconds:{seconds:.0f} left:{seconds / share - seconds:.0f}"
-        if not sys.stdout.isatty():
-            log(line)
-            return share
+    line = f"eval:{share:.0%} seconds:{seconds:.0f} left:{seconds / share - seconds:.0f}"
+    if not log.path or seconds <= max(2, 10 * share) or share < shown + 0.1:
+        return shown
+    if sys.stdout.isatty():
         print(line, end="\r", flush=True)  # the score's line is longer and covers it
-    return shown
+        return shown
+    log(line)
+    return share
 
 class Evaluator:
     """Scores every token after the first exactly once, from its past only.  Plain windows do not
-    overlap.  Sliding windows start `stride` apart; the first scores all its positions, each later
-    one its last `stride`, so every token has at least T - stride tokens of context once there are
-    so many.  Windows are dealt to ranks; sums are float64."""
+    overlap.  Sliding windows start `stride` apart and score their last `stride` targets, the first
+    all, so that T - stride tokens precede a target if there are so many.  Sums are float64."""
     def __init__(self, h: Hyperparameters, runtime: Runtime, tokens: np.ndarray, table: ByteTable):
         self.h, self.runtime, self.targets = h, runtime, len(tokens) - 1
         if self.targets < 1:
@@ -1253,14 +1178,16 @@ def batch_layout(h: Hyperparameters, world_size: int) -> tuple[int, int, int]:
 def graph_count() -> int:  # compiled by this process so far
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
-def capture(function: Callable[[], Any]) -> Callable[[], Any]:
-    """`function`, which must have run before, as a CUDA graph: one launch instead of hundreds.
-    Each call overwrites the tensors that the last one returned."""
+def capture(function: Callable[..., Any], *held: Tensor) -> Callable[..., Any]:
+    """`function` of the tensors `held`, which must have run before, as a CUDA graph: one launch
+    instead of hundreds.  Each call copies its arguments there and overwrites the last results."""
     graph = torch.cuda.CUDAGraph()
     torch.cuda.empty_cache()  # the graph's temporaries get memory of their own
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's thread may run
-        results = function()
-    def replay() -> Any:
+        results = function(*held)
+    def replay(*arguments: Tensor) -> Any:
+        for tensor, new in zip(held, arguments, strict=True):
+            tensor.copy_(new)
         graph.replay()
         return results
     return replay
@@ -1287,7 +1214,7 @@ class Trainer:
         """Share of the global mean loss of one micro-batch, then its gradient by parameter."""
         loss = self.loss(self.model, tokens, 1.0 / (self.micro * self.runtime.world_size))
         return [loss.detach(), *torch.autograd.grad(loss, list(self.model.parameters()))]
-    def train_step(self, tokens: Tensor, lr: float, momentum: float) -> Tensor:
+    def train_step(self, tokens: Tensor, lr: float) -> Tensor:
         """One optimizer step on this rank's (local, T+1) tokens; the global mean loss, 0-d."""
         sums: list[Tensor] = []
         for micro in tokens.chunk(self.micro):
@@ -1295,19 +1222,14 @@ class Trainer:
             if self.micro > 1:  # micro-batches add up in float32
                 new = [g.to(torch.float32, copy=True) for g in new]
             sums = list(torch._foreach_add(sums, new)) if sums else new
-        self.optimizer.set(lr, momentum)
+        self.optimizer.lr.fill_(lr)
         replay = self.updates.get(self.optimizer.qat_step is not None)
         return replay() if replay else self.optimizer.update(sums)
     def capture(self, tokens: Tensor) -> None:
         """CUDA graphs of what has run before: forward and backward of one micro-batch and, unless
         ranks or micro-batches share it, the update with or without late QAT as it is now."""
         if self.gradients == self.loss_and_gradients:
-            held = tokens.chunk(self.micro)[0].clone()
-            replay = capture(lambda: self.loss_and_gradients(held))
-            def gradients(micro: Tensor) -> list[Tensor]:
-                held.copy_(micro)
-                return replay()
-            self.gradients = gradients
+            self.gradients = capture(self.gradients, tokens.chunk(self.micro)[0].clone())
         if self.micro == self.runtime.world_size == 1:
             sums, late_qat = self.gradients(tokens), self.optimizer.qat_step is not None
             self.updates[late_qat] = capture(lambda: self.optimizer.update(sums))
@@ -1322,7 +1244,7 @@ class Trainer:
                     self.optimizer.start_qat(self.weight_bytes())
                 tokens = torch.randint(h.vocab_size, (self.local, h.train_seq_len + 1),
                                        generator=generator, device=device)
-                self.train_step(tokens, 1.0, h.muon_momentum)
+                self.train_step(tokens, 1.0)
                 if step % h.warmup_steps == 0 and device.type == "cuda":
                     self.capture(tokens)
             evaluator.warm_up(self.model)
@@ -1334,14 +1256,24 @@ class Trainer:
                      if name not in self.optimizer.grids)
         return (self.h.artifact_bytes - SOURCE.stat().st_size - floats) * 1.025
 
-class StepQueue(Stopwatch):
-    """The training clock and the steps in flight, at most two ahead of the device: it never waits
-    for Python, and the losses and times read here are of finished steps, so reading is free."""
+class StepQueue:
+    """The training clock in seconds, and the steps in flight, at most two ahead of the device: it
+    never waits for Python, and what is read here is of finished steps, so reading is free."""
     def __init__(self, h: Hyperparameters, log: RunLog, device: torch.device):
-        super().__init__(device)
-        self.h, self.log, self.last_loss = h, log, math.nan
+        self.h, self.log, self.device, self.last_loss = h, log, device, math.nan
+        self.total, self.began = 0.0, math.inf  # not begun
         self.flights = collections.deque[tuple[int, Tensor, Any]]()  # step, host loss, end event
         self.ends = collections.deque[float](maxlen=17)  # clock at the latest ends
+    def start(self) -> None:
+        self.stop()
+        self.began = time.perf_counter()
+    def stop(self) -> None:  # when the device has done everything
+        self.land()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.total, self.began = self.elapsed(), math.inf
+    def elapsed(self) -> float:
+        return self.total + max(0.0, time.perf_counter() - self.began)
     def push(self, step: int, loss: Tensor) -> None:
         done = torch.cuda.Event() if self.device.type == "cuda" else None
         if done:
@@ -1363,9 +1295,6 @@ class StepQueue(Stopwatch):
             self.last_loss = loss
             if step <= 10 or step % self.h.train_log_every == 0:
                 self.report(step, f"train_loss:{loss:.4f}", self.ends[-1])
-    def stop(self) -> None:
-        self.land()
-        super().stop()
     def projected(self, more: int) -> float:
         """Clock at which the device will have finished what is queued and `more` steps."""
         recent = (self.ends[-1] - self.ends[0]) / (len(self.ends) - 1) if len(self.ends) > 1 else 0
@@ -1376,8 +1305,7 @@ class StepQueue(Stopwatch):
 
 def train(h: Hyperparameters, runtime: Runtime, log: RunLog, evaluator: Evaluator,
           trainer: Trainer, plan: BatchPlan) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Warm-up, then the loop under the clock.  Returns whole float32 weights by stage (trained,
-    averaged) on every rank, and the facts for the report."""
+    """Warm-up, then the loop under the clock: whole float32 weights by stage, facts to report."""
     began = time.perf_counter()
     trainer.warm_up(evaluator)
     graphs = graph_count()
@@ -1406,7 +1334,7 @@ def train(h: Hyperparameters, runtime: Runtime, log: RunLog, evaluator: Evaluato
                 grid_step = optimizer.start_qat(trainer.weight_bytes())
                 log(f"late_qat:on step:{step} lr_scale:{lr:.4f} grid_step:{grid_step:.6g}")
             qat_steps += 1
-        loss = trainer.train_step(next(loader), lr, muon_momentum(h, progress))
+        loss = trainer.train_step(next(loader), lr)
         if lr < h.swa_threshold:
             average.update(optimizer.masters())
         queue.push(step, loss)
@@ -1424,11 +1352,10 @@ def train(h: Hyperparameters, runtime: Runtime, log: RunLog, evaluator: Evaluato
 # ---- 13. Report and main ------------------------------------------------------------------------
 def environment_facts(runtime: Runtime) -> dict[str, Any]:
     """Versions and hardware, for the log and the submission."""
-    cuda = runtime.device.type == "cuda"
+    cuda, modules = runtime.device.type == "cuda", (torch, np, zstandard, sentencepiece)
     device = torch.cuda.get_device_name() if cuda else f"{os.cpu_count()}-core CPU"
     return {"hardware": f"{runtime.world_size} x {device}" if cuda else device,
-            "python": sys.version.split()[0],
-            **{m.__name__: m.__version__ for m in (torch, np, zstandard, sentencepiece)},
+            "python": sys.version.split()[0], **{m.__name__: m.__version__ for m in modules},
             "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version() if cuda else None}
 
 def submission(evaluator: Evaluator, hardware: str, scores: Mapping[str, Score],
@@ -1440,10 +1367,9 @@ def submission(evaluator: Evaluator, hardware: str, scores: Mapping[str, Score],
     return {
         "author": h.author, "github_id": h.github_id, "name": h.run_id,
         "blurb": f"{h.num_layers}L x {h.model_dim}, XSA, VE, SmearGate, Muon, SWA, late QAT, int6",
-        "date": time.strftime("%Y-%m-%d"), "track": "10min_16mb",
-        "dataset": evaluator.dataset, "hardware": hardware,
-        "pytorch_version": torch.__version__, "model_params": h.parameters(), **result,
-        **{f"{s}_val_bpb": scores[s].bpb for s in ("trained", "averaged") if s in scores},
+        "date": time.strftime("%Y-%m-%d"), "track": "10min_16mb", "dataset": evaluator.dataset,
+        "hardware": hardware, "pytorch_version": torch.__version__, "model_params": h.parameters(),
+        **result, **{f"{s}_val_bpb": scores[s].bpb for s in ("trained", "averaged") if s in scores},
         "eval_stride": h.eval_stride, "val_tokens": plain.tokens,
         "bytes_total": code + size, "bytes_code": code, "bytes_model_int6_zstd": size, **facts,
         "eval_time_seconds": round(sum(s.seconds for s in scores.values()), 3),

@@ -104,7 +104,7 @@ def measure() -> dict:
         return trainer.loss(trainer.model, tokens, 1.0)
 
     def step():
-        return trainer.train_step(tokens, 1.0, 0.95)
+        return trainer.train_step(tokens, 1.0)
 
     began = time.perf_counter()
     step()

@@ -48,7 +48,7 @@ def record(runtime: train_gpt.Runtime) -> dict[str, Any]:
 
     def step(number: int) -> None:
         tokens = tokens_of(number, h.vocab_size)[mine]
-        losses.append(float(trainer.train_step(tokens, 0.5, 0.9)))
+        losses.append(float(trainer.train_step(tokens, 0.5)))
 
     def state() -> list[torch.Tensor]:
         return [

@@ -43,7 +43,7 @@ def test_a_compiled_training_step_follows_the_eager_one_within_bfloat16():
         trainer = tg.Trainer(h, cuda_runtime(backend), tg.Kernels())
         tokens = torch.randint(h.vocab_size, (8, 129), device="cuda",
                                generator=torch.Generator("cuda").manual_seed(2))
-        losses.append([float(trainer.train_step(tokens, 1.0, 0.9)) for _ in range(5)])
+        losses.append([float(trainer.train_step(tokens, 1.0)) for _ in range(5)])
     assert losses[1] == pytest.approx(losses[0], rel=2e-2)
     assert losses[1][-1] < losses[1][0]
 
@@ -61,7 +61,7 @@ def test_the_step_as_cuda_graphs_follows_the_step_launched_kernel_by_kernel(micr
         for late_qat in (False, True):
             if late_qat:
                 trainer.optimizer.start_qat(9_000)
-            trainer.train_step(batches[0], 1.0, 0.9)
+            trainer.train_step(batches[0], 1.0)
             if graph:
                 trainer.capture(batches[0])
         assert len(trainer.updates) == (2 if graph and micro == 1024 else 0)
@@ -70,7 +70,7 @@ def test_the_step_as_cuda_graphs_follows_the_step_launched_kernel_by_kernel(micr
         for i, batch in enumerate(batches):
             if i == 4:
                 trainer.optimizer.start_qat(7_000)  # another grid than the graph was captured with
-            steps.append(float(trainer.train_step(batch, 1.0 - i / 6, 0.9)))
+            steps.append(float(trainer.train_step(batch, 1.0 - i / 6)))
         losses.append(steps)
         masters.append({n: w.clone() for n, w in trainer.optimizer.masters().items()})
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)  # some reductions use atomics
@@ -90,7 +90,7 @@ def test_a_step_never_makes_the_host_wait(late_qat):
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(2):
-            loss = trainer.train_step(tokens, 0.5, 0.9)
+            loss = trainer.train_step(tokens, 0.5)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.isfinite(loss)

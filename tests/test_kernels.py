@@ -48,7 +48,7 @@ def test_fused_mlp_agrees_with_its_twin(rows: int, width: int, hidden: int) -> N
     x, up, down = tensors((2, rows // 2, width), (hidden, width), (hidden, width))
     size = torch.linspace(0.2, 5.0, rows).to(x).view(2, rows // 2, 1)  # every row its own norm
     for scale in (1.0, 0.3):
-        compare("y dx dup ddown", lambda *t, s=scale: tg.fused_mlp(*t, s),
+        compare("y dx dup ddown", lambda *t, s=scale: tg.FusedMLP.apply(*t, s),
                 lambda *t, s=scale: tg.relu2_mlp(*t, s), [x * size, up, down])  # fmt: skip
 
 
@@ -61,7 +61,7 @@ def test_fused_heads_agree_with_their_twin() -> None:
     def flat(function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Tensor]:
         return lambda *leaves: torch.cat([y.flatten() for y in function(*leaves, rotary)])
 
-    compare("qkv dx dw dgain", flat(tg.fused_heads), flat(tg.project_heads), [x, w, gain])
+    compare("qkv dx dw dgain", flat(tg.FusedHeads.apply), flat(tg.project_heads), [x, w, gain])
 
 
 def test_a_negative_input_has_neither_output_nor_gradient() -> None:

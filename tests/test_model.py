@@ -373,7 +373,7 @@ def test_the_value_embedding_is_trained() -> None:
     inputs, targets = batch(h, rows=h.train_batch_tokens // h.train_seq_len)
     tokens = torch.cat((inputs, targets[:, -1:]), dim=1)
     for _ in range(4):  # outputs start at zero, so its gradient needs two steps to arrive
-        trainer.train_step(tokens, 1.0, 0.9)
+        trainer.train_step(tokens, 1.0)
     for name in names:
         moved = (getattr(trainer.model, name).detach() - before[name]).abs()
         assert moved.max() > 1e-4, name
