@@ -73,8 +73,7 @@ class RunError(Exception):
 # ---- 2. Hyperparameters -------------------------------------------------------------------------
 RETIRED = dict(  # names of the challenge's baseline that mean nothing here -> what to set instead
     MLP_MULT="MLP_HIDDEN", TIED_EMBED_LR="EMBED_LR", HEAD_LR="EMBED_LR",
-    MUON_BACKEND_STEPS="MUON_STEPS", TIE_EMBEDDINGS="nothing: they are always tied",
-    MUON_MOMENTUM_WARMUP_START="MUON_MOMENTUM", MUON_MOMENTUM_WARMUP_STEPS="MUON_MOMENTUM")
+    MUON_BACKEND_STEPS="MUON_STEPS", TIE_EMBEDDINGS="nothing: they are always tied")
 
 @dataclass(frozen=True)
 class Hyperparameters:
@@ -113,6 +112,8 @@ class Hyperparameters:
     scalar_lr: float = 0.01  # AdamW, gains and gates
     weight_decay: float = 0.1  # Muon and AdamW, decoupled, times lr
     muon_momentum: float = 0.95  # runs at 0.99 ended 0.03 to 0.07 bpb higher (ABLATIONS.md)
+    muon_momentum_warmup_start: float = 0.92  # from here linearly: without, 0.002 bpb worse
+    muon_momentum_warmup_steps: int = 320  # until then
     muon_steps: int = 5  # Newton-Schulz iterations
     beta1: float = 0.9  # AdamW, decay of the mean gradient per step
     beta2: float = 0.95  # AdamW, of its square; short, as the run is
@@ -167,7 +168,7 @@ class Hyperparameters:
              "train_seq_len train_batch_tokens val_batch_size train_log_every muon_steps "
              "warmup_steps"),
             (1e-12, math.inf, "rope_base logit_softcap adam_eps warmdown_fraction"),
-            (0, 1 - 1e-9, "beta1 beta2 muon_momentum"),
+            (0, 1 - 1e-9, "beta1 beta2 muon_momentum muon_momentum_warmup_start"),
             (0, 1, "warmdown_fraction"), (1, 22, "zstd_level")):
             for name in names.split():
                 require(low <= getattr(self, name) <= high, name, f"set it within {low} to {high}")
@@ -231,14 +232,15 @@ class Runtime:
         return cls(torch.device(f"cuda:{local}" if cuda else "cpu"), rank, world, backend)
     # of working weights and activations
     dtype = property(lambda self: torch.bfloat16 if self.device.type == "cuda" else torch.float32)
-    def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def compile(self, function: Callable[..., Any], **options: bool) -> Callable[..., Any]:
         """`function` as one graph per set of static shapes, or unchanged on a bare CPU."""
         if self.compile_backend == "none":
             return function
         # Inductor's mix_order_reduction makes RMS-norm backward 6 ms slower (pytorch #179494).
         torch._inductor.config.triton.mix_order_reduction = False
         torch._dynamo.config.recompile_limit = 64
-        return torch.compile(function, backend=self.compile_backend, dynamic=False, fullgraph=True)
+        return torch.compile(function, backend=self.compile_backend, dynamic=False, fullgraph=True,
+                             options=options if self.compile_backend == "inductor" else None)
     def agree_on(self, value: Any) -> Any:
         """Rank 0's `value` on every rank; host-side, so the GPU's queue is not drained."""
         box = [value]
@@ -481,10 +483,9 @@ def exclude_self(y_BTHE: Tensor, v_BTKE: Tensor) -> Tensor:
     """XSA: subtracts from each head's output its projection on the token's own value, so that the
     head spends itself on the context (pg#287)."""
     B, T, K, E = v_BTKE.shape
-    y, v = y_BTHE.reshape(B, T, K, -1, E), v_BTKE[:, :, :, None, :]
-    y32, v32 = y.float(), v.float()
-    share = (y32 * v32).sum(-1, keepdim=True) / v32.square().sum(-1, keepdim=True).clamp_min(1e-6)
-    return (y32 - share * v32).to(y.dtype).view(y_BTHE.shape)
+    y, v = y_BTHE.reshape(B, T, K, -1, E).float(), v_BTKE[:, :, :, None].float()
+    share = (y * v).sum(-1, keepdim=True) / v.square().sum(-1, keepdim=True).clamp_min(1e-6)
+    return (y - share * v).to(y_BTHE.dtype).view(y_BTHE.shape)
 
 def sdpa(*backends: SDPBackend) -> Attend:
     """PyTorch's attention through one of `backends`; none named leaves the choice to PyTorch."""
@@ -686,7 +687,7 @@ def attention_trial(h: Hyperparameters, attend: Attend,
                 for heads in (h.num_heads, h.num_kv_heads, h.num_kv_heads, h.num_heads)]
     def run(function: Attend, q: Tensor, k: Tensor, v: Tensor, dy: Tensor) -> list[Tensor]:
         y = function(q, k, v)
-        return [y, *torch.autograd.grad(y, (q, k, v), dy)]
+        return [y.detach(), *torch.autograd.grad(y, (q, k, v), dy)]
     few, full = inputs(2), inputs(max(1, h.micro_batch_tokens // h.train_seq_len))
     exact = run(sdpa(SDPBackend.MATH), *(t.float() for t in few))
     error = max(float((a.float() - b).norm() / b.norm())
@@ -807,7 +808,7 @@ def newton_schulz(g_NRC: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
     return x.mT if g_NRC.shape[-2] > g_NRC.shape[-1] else x
 
 def muon_update(grad: Tensor, momentum: Tensor, master: Tensor, update_scale: Tensor, clip: Tensor,
-                lr: Tensor, beta: float, decay: float, steps: int, dtype: torch.dtype) -> None:
+                lr: Tensor, beta: Tensor, decay: float, steps: int, dtype: torch.dtype) -> None:
     """In-place Nesterov momentum, orthogonalisation, decoupled decay of a shard (n, R, C)."""
     g = grad.float() * clip
     momentum.lerp_(g, 1 - beta)
@@ -877,9 +878,8 @@ class Optimizer:
         padded[:count] = parameter.data
         parameter.data = padded[:count]
         mine = slice(self.runtime.rank * share, (self.runtime.rank + 1) * share)
-        fans = [rows / columns] * len(padded)
-        if name == "mlp_bank":  # the second half is stored transposed
-            fans[count // 2 :] = [columns / rows] * len(fans[count // 2 :])
+        straight = count // 2 if name == "mlp_bank" else count  # the others are stored transposed
+        fans = [rows / columns] * straight + [columns / rows] * (len(padded) - straight)
         scale = torch.tensor([max(1.0, fan) ** 0.5 for fan in fans[mine]], device=device)
         master = padded[mine].float().clone()  # float() alone would alias float32 weights
         return Bank(name, parameter, padded, master, torch.zeros_like(master), scale.view(-1, 1, 1))
@@ -902,14 +902,15 @@ class Optimizer:
         self.runtime.sum(self.flat)
         for work in pending:
             work.wait()
-        h, small = self.h, self.flat[:-1]
+        h, small, start = self.h, self.flat[:-1], self.h.muon_momentum_warmup_start
         norms = torch.stack(torch._foreach_norm(shards, 2, torch.float32))
         squares = self.runtime.sum(norms.square().sum()) + small.square().sum()
         clip = ((h.grad_clip_norm or math.inf) / (squares.sqrt() + 1e-6)).clamp(max=1.0)
-        matrix_lr = self.lr * h.matrix_lr
+        matrix_lr, warmth = self.lr * h.matrix_lr, self.steps / max(1, h.muon_momentum_warmup_steps)
+        momentum = start + (h.muon_momentum - start) * warmth.clamp(max=1)
         for bank, shard in zip(self.banks, shards, strict=True):
             self.muon_update(shard, bank.momentum, bank.master, bank.update_scale, clip, matrix_lr,
-                             h.muon_momentum, h.weight_decay, h.muon_steps, self.runtime.dtype)
+                             momentum, h.weight_decay, h.muon_steps, self.runtime.dtype)
         self.steps += 1
         self.adamw_update(small, self.mean, self.square, self.flat_master, clip,
                           self.lr * self.small_lr, self.steps, h)
@@ -973,8 +974,7 @@ class RunningMean:
     @torch.no_grad()
     def update(self, tensors: Mapping[str, Tensor]) -> None:
         self.count += 1
-        new = [tensors[name] for name in self.mean]
-        torch._foreach_lerp_(list(self.mean.values()), new, 1.0 / self.count)
+        torch._foreach_lerp_([*self.mean.values()], [tensors[n] for n in self.mean], 1 / self.count)
 
 # ---- 10. Pack, unpack: float weights <-> artifact -----------------------------------------------
 # Bytes: 8 magic, 4 version, 32 SHA-256 of what follows, 4 length of the header, the header (zstd of
@@ -1114,8 +1114,9 @@ class Evaluator:
         self.tokens = torch.from_numpy(tokens.astype(np.int32)).to(runtime.device)
         batch = min(h.val_batch_size // runtime.world_size, h.micro_batch_tokens)
         self.rows, self.dump = max(1, batch // h.train_seq_len), dict[str, np.ndarray]()
-        # Apart, so that plain and sliding windows share the graph of the blocks.
-        self.hidden, self.losses = runtime.compile(GPT.final_hidden), runtime.compile(GPT.losses)
+        # Two graphs, the first for all windows; no kernel chosen by timing: everywhere equal sums.
+        self.hidden, self.losses = (runtime.compile(function, deterministic=True)
+                                    for function in (GPT.final_hidden, GPT.losses))
     def last_losses(self, model: GPT, starts: range, scored: int) -> tuple[Tensor, Tensor]:
         """Positions in the split of the last `scored` targets of the windows that come next, and
         their losses (B, scored); B is `rows`, which halves where memory runs out."""

@@ -118,7 +118,8 @@ for BACKWARD in (False, True):
 
 
 def test_the_kernels_compile_for_a_hopper_gpu_and_fit_its_shared_memory() -> None:
-    environment = {**os.environ, "PYTHONPATH": str(support.REPO)}
+    path = os.pathsep.join([str(support.REPO), *sys.path])
+    environment = {**os.environ, "PYTHONPATH": path}
     environment.pop("TRITON_INTERPRET", None)  # the interpreter accepts what the compiler refuses
     done = subprocess.run([sys.executable, "-c", COMPILE_FOR_HOPPER], env=environment,
                           capture_output=True, text=True, timeout=300)  # fmt: skip

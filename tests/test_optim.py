@@ -190,7 +190,7 @@ def test_weight_decay_alone_shrinks_every_parameter_by_lr_times_decay() -> None:
 
 
 def test_the_clip_is_global_over_matrices_and_small_parameters() -> None:
-    h = tiny(muon_momentum=0.9)
+    h = tiny(muon_momentum=0.9, muon_momentum_warmup_start=0.9)
     optimizer = new_optimizer(h)
     gradients = gradients_of(optimizer, 0.0)
     names = [n for n, _ in optimizer.model.named_parameters()]
@@ -204,7 +204,9 @@ def test_the_clip_is_global_over_matrices_and_small_parameters() -> None:
 
 
 def test_a_clip_norm_of_zero_leaves_gradients_as_they_are() -> None:
-    optimizer = new_optimizer(tiny(grad_clip_norm=0.0, muon_momentum=0.9))
+    optimizer = new_optimizer(
+        tiny(grad_clip_norm=0.0, muon_momentum=0.9, muon_momentum_warmup_start=0.9)
+    )
     gradients = gradients_of(optimizer, 0.0)
     names = [n for n, _ in optimizer.model.named_parameters()]
     gradients[names.index("qo_bank")][0, 0, 0] = 3000.0
@@ -263,6 +265,20 @@ def test_lr_scale_is_flat_then_falls_linearly_to_zero(
 ) -> None:
     h = tiny(iterations=1000, warmdown_fraction=fraction, warmdown_iters=iters)
     assert train_gpt.lr_scale(h, progress, total) == pytest.approx(expected, abs=1e-12)
+
+
+def test_muon_momentum_rises_linearly_then_stays() -> None:
+    h = tiny(muon_momentum=0.99, muon_momentum_warmup_start=0.9,
+             muon_momentum_warmup_steps=3, grad_clip_norm=0.0)  # fmt: skip
+    optimizer, average = new_optimizer(h), 0.0
+    names = [n for n, _ in optimizer.model.named_parameters()]
+    bank = next(b for b in optimizer.banks if b.name == "qo_bank")
+    for beta in (0.9, 0.93, 0.96, 0.99, 0.99):
+        gradients = gradients_of(optimizer, 0.0)
+        gradients[names.index("qo_bank")][0, 0, 0] = 1.0
+        one_step(optimizer, torch.tensor(0.0), 1.0, gradients)
+        average = beta * average + (1 - beta)
+        assert float(bank.momentum[0, 0, 0]) == pytest.approx(average, rel=1e-5)
 
 
 # Weight averaging
