@@ -232,7 +232,7 @@ class Runtime:
         return cls(torch.device(f"cuda:{local}" if cuda else "cpu"), rank, world, backend)
     # of working weights and activations
     dtype = property(lambda self: torch.bfloat16 if self.device.type == "cuda" else torch.float32)
-    def compile(self, function: Callable[..., Any], **options: bool) -> Callable[..., Any]:
+    def compile(self, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
         """`function` as one graph per set of static shapes, or unchanged on a bare CPU."""
         if self.compile_backend == "none":
             return function
