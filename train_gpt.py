@@ -125,6 +125,7 @@ class Hyperparameters:
     train_batch_tokens: int = 786_432  # per step, over all ranks
     train_seq_len: int = 2048  # tokens of context, in training and in evaluation
     micro_batch_tokens: int = 98_304  # most tokens one rank runs at once
+    lr_warmup_steps: int = 0  # linear from 0; 0: none
     warmdown_fraction: float = 0.85  # of the run, in which lr falls linearly to 0
     warmdown_iters: int = 0  # the same in steps; 0: use the fraction
     swa_threshold: float = 0.2  # average the masters while the lr scale is below
@@ -208,7 +209,7 @@ def parse_override(name: str, text: str, kind: str) -> int | float | str:
 # ---- 3. Runtime: ranks and devices, log, clock --------------------------------------------------
 @dataclass(frozen=True)
 class Runtime:
-    """Where this process stands.  With one process every collective is a no-op."""
+    """Where this process stands, and the dtype of working weights and activations there."""
     device: torch.device
     rank: int = 0
     world_size: int = 1
@@ -230,7 +231,6 @@ class Runtime:
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
         backend = {"auto": "inductor" if cuda else "none"}.get(h.compile_backend, h.compile_backend)
         return cls(torch.device(f"cuda:{local}" if cuda else "cpu"), rank, world, backend)
-    # of working weights and activations
     dtype = property(lambda self: torch.bfloat16 if self.device.type == "cuda" else torch.float32)
     def compile(self, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
         """`function` as one graph per set of static shapes, or unchanged on a bare CPU."""
@@ -1335,7 +1335,7 @@ def train(h: Hyperparameters, runtime: Runtime, log: RunLog, evaluator: Evaluato
                 grid_step = optimizer.start_qat(trainer.weight_bytes())
                 log(f"late_qat:on step:{step} lr_scale:{lr:.4f} grid_step:{grid_step:.6g}")
             qat_steps += 1
-        loss = trainer.train_step(next(loader), lr)
+        loss = trainer.train_step(next(loader), lr * min(1.0, step / (h.lr_warmup_steps or 1)))
         if lr < h.swa_threshold:
             average.update(optimizer.masters())
         queue.push(step, loss)
