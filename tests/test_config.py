@@ -227,7 +227,7 @@ def test_a_nonsensical_combination_is_refused_before_anything_starts(
         {"RESUME_FROM": "b.pt"},
         {"MAX_WALLCLOCK_SECONDS": 0},
         {"VAL_LOSS_EVERY": 0},
-        {"WEIGHT_DECAY": 0},
+        {"DECAY_PER_RUN": 0},
         {"GRAD_CLIP_NORM": 0},
     ],
 )

@@ -23,6 +23,9 @@ def logged_settings() -> dict[str, Any]:
     """The resolved hyperparameters in the committed log, which follow its copy of the source."""
     text = LOG.split("=" * 80 + "\n", 1)[1]
     settings: dict[str, Any] = json.JSONDecoder().raw_decode(text)[0]
+    if "weight_decay" in settings:  # a run from before these two fields, in their terms
+        settings["decay_per_run"] = settings["weight_decay"] * settings["iterations"]
+        settings["lr_warmup_steps"] = 0
     return settings
 
 

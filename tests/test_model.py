@@ -366,7 +366,7 @@ def test_gradients_equal_finite_differences_of_the_reference() -> None:
 
 
 def test_the_value_embedding_is_trained() -> None:
-    h = tiny(weight_decay=0.0)  # which alone would move it
+    h = tiny()
     trainer = train_gpt.Trainer(h, cpu_runtime(), train_gpt.Kernels())
     names = ("ve_emb", "ve_proj", "ve_scale")
     before = {name: getattr(trainer.model, name).detach().clone() for name in names}

@@ -31,10 +31,14 @@ def gradients_of(optimizer: Optimizer, size: float, seed: int = 0) -> list[Tenso
     ]
 
 
+DECAY = 0.5  # of one step
+
+
 def one_step(
-    optimizer: Optimizer, loss: Tensor, lr: float, gradients: list[Tensor]
+    optimizer: Optimizer, loss: Tensor, lr: float, gradients: list[Tensor], decay: float = 0.0
 ) -> Tensor:
     optimizer.lr.fill_(lr)
+    optimizer.decay.fill_(decay)
     return optimizer.update([loss, *gradients])
 
 
@@ -120,7 +124,7 @@ def fans(name: str, index: int, shape: torch.Size) -> tuple[int, int]:
 
 @pytest.mark.parametrize("mlp_hidden", [48, 20])  # wider and narrower than the model
 def test_every_matrix_moves_by_its_own_update_scale(mlp_hidden: int) -> None:
-    h = tiny(mlp_hidden=mlp_hidden, weight_decay=0.0)
+    h = tiny(mlp_hidden=mlp_hidden)
     optimizer = new_optimizer(h)
     before = {n: t.clone() for n, t in optimizer.masters().items()}
     gradients = gradients_of(optimizer, 1.0)
@@ -160,33 +164,33 @@ def ref_steps(
             second[name] = h.beta2 * second[name] + (1 - h.beta2) * g * g
             up = first[name] / (1 - h.beta1**t)
             down = (second[name] / (1 - h.beta2**t)).sqrt() + h.adam_eps
-            weights[name] = weights[name] * (1 - lr * h.weight_decay) - lr * up / down
+            weights[name] = weights[name] * (1 - lr * DECAY) - lr * up / down
     return weights
 
 
 @pytest.mark.parametrize("size", [1e-5, 1.0], ids=["below-clip", "clipped"])
 def test_small_parameters_follow_a_hand_written_adamw(size: float) -> None:
-    h = tiny(weight_decay=0.5, adam_eps=1e-6)
+    h = tiny(adam_eps=1e-6)
     optimizer = new_optimizer(h)
     batches = [gradients_of(optimizer, size * 3**t, seed=100 * t) for t in range(3)]
     lrs = [1.0, 0.7, 0.2]
     expected = ref_steps(optimizer, h, batches, lrs)
     for gradients, lr in zip(batches, lrs, strict=True):
-        one_step(optimizer, torch.tensor(0.0), lr, gradients)
+        one_step(optimizer, torch.tensor(0.0), lr, gradients, DECAY)
     for name, weight in expected.items():
         actual = optimizer.masters()[name].double()
         torch.testing.assert_close(actual, weight, rtol=1e-5, atol=2e-6, msg=name)
 
 
 def test_weight_decay_alone_shrinks_every_parameter_by_lr_times_decay() -> None:
-    h = tiny(weight_decay=0.5)
+    h = tiny()
     optimizer = new_optimizer(h)
     before = {n: t.detach().clone() for n, t in optimizer.masters().items()}
-    one_step(optimizer, torch.tensor(0.0), 1.0, gradients_of(optimizer, 0.0))
+    one_step(optimizer, torch.tensor(0.0), 1.0, gradients_of(optimizer, 0.0), DECAY)
     rates = dict.fromkeys(MATRICES, h.matrix_lr) | dict.fromkeys(TABLES, h.embed_lr)
     rates |= dict.fromkeys(VECTORS, h.scalar_lr)
     for name, lr in rates.items():
-        torch.testing.assert_close(optimizer.masters()[name], before[name] * (1 - lr * 0.5))
+        torch.testing.assert_close(optimizer.masters()[name], before[name] * (1 - lr * DECAY))
 
 
 def test_the_clip_is_global_over_matrices_and_small_parameters() -> None:

@@ -78,7 +78,7 @@ def losses_of(h: Hyperparameters, folder: Path, steps: int) -> list[float]:
     for step in range(steps):
         tokens = torch.from_numpy(plan.tokens(step, range(plan.batch_seqs)))
         lr = train_gpt.lr_scale(h, train_gpt.progress_of(h, step, 0.0))
-        losses.append(float(trainer.train_step(tokens, lr)))
+        losses.append(float(trainer.train_step(tokens, lr, h.decay_per_run / h.iterations)))
     return losses
 
 
@@ -300,13 +300,36 @@ def test_a_cap_shorter_than_a_step_still_ends_cleanly(
 # The loop
 
 
+@pytest.mark.parametrize(("iterations", "clock"), [(8, 0.0), (10**6, 0.5)])
+def test_the_decay_of_a_run_adds_up_to_decay_per_run(
+    iterations: int, clock: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decays: list[float] = []
+    step = Trainer.train_step
+
+    def recording(self: Trainer, tokens: Tensor, lr: float, decay: float = 0.0) -> Tensor:
+        decays.append(decay)
+        return step(self, tokens, lr, decay)
+
+    monkeypatch.setattr(Trainer, "warm_up", lambda self, evaluator: None)
+    monkeypatch.setattr(Trainer, "train_step", recording)
+    h = tiny(iterations=iterations, decay_per_run=40.0, max_wallclock_seconds=clock)
+    Run(h, tmp_path)
+    assert decays[0] == pytest.approx(0.0, abs=0.1), "before the first step nothing is over"
+    assert min(decays) >= 0
+    if clock:
+        assert 20 < sum(decays) <= 40, "the last step was decided on before the clock ran out"
+    else:
+        assert decays[1:] == pytest.approx([5.0] * 7)
+
+
 def test_the_log_names_every_step_and_the_averages_are_its_mean(tmp_path: Path) -> None:
     h = tiny(iterations=8, warmdown_fraction=1.0, swa_threshold=0.6, qat_threshold=0.0)
     masters: list[dict[str, Tensor]] = []
     step = Trainer.train_step
 
-    def recording(self: Trainer, tokens: Tensor, lr: float) -> Tensor:
-        loss = step(self, tokens, lr)
+    def recording(self: Trainer, tokens: Tensor, lr: float, decay: float = 0.0) -> Tensor:
+        loss = step(self, tokens, lr, decay)
         whole = {n: t.detach().clone() for n, t in self.optimizer.masters().items()}
         masters.append(whole if lr < 0.6 else {})
         return loss
@@ -371,9 +394,9 @@ def test_training_reads_no_validation_shard_and_trains_on_no_token_of_one(
     opened, seen = list[Path](), list[Tensor]()
     read, step, warm_up = train_gpt.read_shard, Trainer.train_step, Trainer.warm_up
 
-    def recording(self: Trainer, tokens: Tensor, lr: float) -> Tensor:
+    def recording(self: Trainer, tokens: Tensor, lr: float, decay: float = 0.0) -> Tensor:
         seen.append(tokens)
-        return step(self, tokens, lr)
+        return step(self, tokens, lr, decay)
 
     def then_clear(self: Trainer, evaluator: Evaluator) -> None:
         warm_up(self, evaluator)
@@ -397,7 +420,7 @@ def golden_losses(folder: Path) -> list[float]:
     """With every tuned number spelled out: a new default is no reason for a new file."""
     h = tiny(
         num_layers=3, iterations=20, matrix_lr=0.025, embed_lr=0.035, scalar_lr=0.025,
-        weight_decay=0.04, muon_momentum=0.99, muon_momentum_warmup_start=0.92,
+        decay_per_run=0.8, muon_momentum=0.99, muon_momentum_warmup_start=0.92,
         muon_momentum_warmup_steps=4, muon_steps=5, beta1=0.9, beta2=0.95, adam_eps=1e-8,
         grad_clip_norm=0.3, warmdown_fraction=0.6, warmdown_iters=0, embed_init_std=0.005,
         qk_gain_init=1.5, rope_base=10_000.0, logit_softcap=30.0, seed=1337,
