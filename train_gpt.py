@@ -7,7 +7,6 @@ of 98,304 tokens on 1 x H100 with torch 2.11, n = 1 (`train.log`, `submission.js
 
     torchrun --standalone --nproc_per_node=8 train_gpt.py                     # the submitted run
     PRESET=smoke torchrun --standalone --nproc_per_node=1 train_gpt.py        # two minutes, CPU
-    ITERATIONS=1600 TRAIN_BATCH_TOKENS=98304 MAX_WALLCLOCK_SECONDS=0 ...      # P-steps, one GPU
     EVAL_ONLY=final_model.ptz torchrun ... train_gpt.py                       # score an artifact
     RESUME_FROM=final_model.pt torchrun ... train_gpt.py                      # pack and score again
 
@@ -34,6 +33,7 @@ import json
 import math
 import mmap
 import os
+import signal
 import struct
 import sys
 import time
@@ -90,6 +90,7 @@ class Hyperparameters:
     output_dir: str = "."  # train.log, submission.json, final_model.pt, final_model.ptz
     eval_only: str = ""  # path of an artifact to score; nothing is trained
     resume_from: str = ""  # path of saved float weights to pack and score; nothing is trained
+    on_interrupt: str = "save"  # SIGTERM or Ctrl-C in training: save and end, or finish the run
     author: str = "Parameter Golf maintainers"  # for submission.json
     github_id: str = ""  # account that submits
     # Model: 25.2M parameters, which 16 MB hold at 5 bits a weight
@@ -184,6 +185,7 @@ class Hyperparameters:
             require(its % mine == 0 if must == "divide" else mine <= its, name,
                     f"must {must} {other.upper()}={its}")
         require(self.device in ("auto", "cpu", "cuda"), "device", "set auto, cpu or cuda")
+        require(self.on_interrupt in ("save", "finish"), "on_interrupt", "set save or finish")
         require(self.rope_dims % 2 == 0, "rope_dims", "must be even")
         require(not (self.eval_only and self.resume_from), "eval_only", "unset it or RESUME_FROM")
         require(self.parameters() // 4 < self.artifact_bytes, "artifact_bytes",
@@ -257,12 +259,9 @@ class RunLog:
     """Lines to the terminal and to a file, by rank 0 alone; the file alone reproduces the run."""
     def __init__(self, path: Path | None):
         self.path = path
-        try:
-            if path:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text("")
-        except OSError as error:
-            raise RunError(f"{path}: unwritable ({error.strerror}); set OUTPUT_DIR") from None
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("")
     def __call__(self, line: str, *, quiet: bool = False) -> None:
         if self.path:
             with self.path.open("a") as file:
@@ -1174,9 +1173,6 @@ def batch_layout(h: Hyperparameters, world_size: int) -> tuple[int, int, int]:
     micro = next(n for n in range(1, local + 1) if local % n == 0 and local // n <= most)
     return sequences, local, micro
 
-def graph_count() -> int:  # compiled by this process so far
-    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-
 def capture(function: Callable[..., Any], *held: Tensor) -> Callable[..., Any]:
     """`function` of the tensors `held`, which must have run before, as a CUDA graph: one launch
     instead of hundreds.  Each call copies its arguments there and overwrites the last results."""
@@ -1308,18 +1304,21 @@ def train(h: Hyperparameters, runtime: Runtime, log: RunLog, evaluator: Evaluato
     """Warm-up, then the loop under the clock: whole float32 weights by stage, facts to report."""
     began = time.perf_counter()
     trainer.warm_up(evaluator)
-    graphs = graph_count()
-    log(f"warm-up:{time.perf_counter() - began:.1f}s graphs:{graphs}")
+    stats = torch._dynamo.utils.counters["stats"]
+    log(f"warm-up:{time.perf_counter() - began:.1f}s graphs:{(graphs := stats['unique_graphs'])}")
     first = runtime.rank * trainer.local
     loader = prefetch(plan, range(first, first + trainer.local), h.vocab_size, runtime.device)
     optimizer, average, step, qat_steps, progress = trainer.optimizer, trainer.average, 0, 0, 0.0
     queue = StepQueue(h, log, runtime.device)
+    signals: list[int] = []  # that came while training
+    handlers = {number: signal.signal(number, lambda number, _: signals.append(number))
+                for number in (signal.SIGINT, signal.SIGTERM)}
     runtime.agree_on(None)  # all ranks are ready
     queue.start()
     while step < h.iterations:
         # Rank 0's clock is everybody's; the second step ahead is margin.
-        ends, elapsed = runtime.agree_on((queue.projected(2), queue.elapsed()))
-        if step and 0 < h.max_wallclock_seconds < ends:
+        ends, elapsed, stop = runtime.agree_on((queue.projected(2), queue.elapsed(), signals))
+        if step and (stop or 0 < h.max_wallclock_seconds < ends):
             break
         if h.val_loss_every and step and step % h.val_loss_every == 0:
             queue.stop()
@@ -1341,10 +1340,12 @@ def train(h: Hyperparameters, runtime: Runtime, log: RunLog, evaluator: Evaluato
         queue.push(step, loss)
     queue.stop()
     loader.close()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     facts = {"step_stop": step, "wallclock_seconds": round(queue.total, 3),
              "step_avg_ms": round(queue.total * 1e3 / step, 3), "final_train_loss": queue.last_loss,
-             "qat_steps": qat_steps, "swa_steps": average.count,
-             "graphs_compiled_on_clock": graph_count() - graphs}
+             "qat_steps": qat_steps, "swa_steps": average.count, "interrupted": bool(stop),
+             "graphs_compiled_on_clock": stats["unique_graphs"] - graphs}
     log("training " + " ".join(f"{k}:{v}" for k, v in facts.items()))
     trained = optimizer.gather(optimizer.masters())
     averaged = optimizer.gather(average.mean) if average.count else trained
@@ -1393,20 +1394,6 @@ def read_file(path: str | Path, variable: str, runtime: Runtime) -> bytes:
         raise RunError(f"{variable}={path}: cannot be read ({error.strerror}); name a file that "
                        "a run has written") from None
 
-def pack_and_save(h: Hyperparameters, runtime: Runtime, log: RunLog,
-                  averaged: Mapping[str, Tensor], path: Path) -> None:
-    """Rank 0 packs to the budget and writes the artifact; all ranks return when it is on disk."""
-    fault, began = "", time.perf_counter()
-    try:
-        if runtime.rank == 0:
-            budget = h.artifact_bytes - SOURCE.stat().st_size
-            write_atomic(path, pack_to_budget(averaged, h, budget, log))
-            log(f"pack_time:{time.perf_counter() - began:.1f}s")
-    except (RunError, OSError) as error:
-        fault = f"{path}: {error}; the float weights are saved, RESUME_FROM tries again"
-    if fault := runtime.agree_on(fault):
-        raise RunError(fault)
-
 def obtain_weights(h: Hyperparameters, runtime: Runtime, log: RunLog, evaluator: Evaluator,
                    kernels: Kernels) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """Float weights by stage, from training or from RESUME_FROM, and the facts of training."""
@@ -1422,11 +1409,13 @@ def obtain_weights(h: Hyperparameters, runtime: Runtime, log: RunLog, evaluator:
     plan = BatchPlan(open_split(h.data_path, "train"), h.train_seq_len,
                      h.train_batch_tokens // h.train_seq_len, h.seed)
     stages, facts = train(h, runtime, log, evaluator, Trainer(h, runtime, kernels), plan)
+    path = Path(h.output_dir) / "final_model.partial.pt"
     if runtime.rank == 0:
-        content = io.BytesIO()
         torch.save({"architecture": {n: getattr(h, n) for n in ARCHITECTURE}, "facts": facts,
-                    "stages": {"averaged": stages["averaged"]}}, content)
-        write_atomic(Path(h.output_dir) / "final_model.pt", content.getvalue())
+                    "stages": stages}, content := io.BytesIO())
+        write_atomic(path, content.getvalue())
+    if facts["interrupted"] and h.on_interrupt == "save":
+        raise RunError(f"interrupted at step {facts['step_stop']}; RESUME_FROM={path} goes on")
     return stages, facts
 
 def with_sample(h: Hyperparameters) -> Hyperparameters:
@@ -1447,23 +1436,27 @@ def run(h: Hyperparameters, runtime: Runtime) -> None:
     evaluator = Evaluator(h, runtime, tokens, load_byte_table(h.tokenizer_path, h.vocab_size))
     # Opened only now, so that a run which cannot start leaves the last one's log alone.
     kind = "eval" if h.eval_only else "resume" if h.resume_from else "train"
-    log = RunLog(out / f"{kind}.log" if runtime.rank == 0 else None)
+    log = RunLog(out / f"{kind}.partial.log" if runtime.rank == 0 else None)
     environment, settings = environment_facts(runtime), json.dumps(dataclasses.asdict(h), indent=1)
     log(f"{SOURCE.read_text()}\n{'=' * 80}\n{settings}", quiet=True)
-    log(json.dumps(environment))
     dataset = f"dataset:{evaluator.dataset}"
-    log(f"{dataset} val_tokens:{evaluator.targets} val_bytes:{evaluator.text_bytes} "
-        f"model_params:{h.parameters()} world_size:{runtime.world_size} seed:{h.seed}")
+    log(f"{json.dumps(environment)}\n{dataset} val_tokens:{evaluator.targets} "
+        f"val_bytes:{evaluator.text_bytes} model_params:{h.parameters()} "
+        f"world_size:{runtime.world_size} seed:{h.seed}")
     kernels, scores, facts = choose_kernels(h, runtime, log), dict[str, Score](), dict[str, Any]()
     def score(stage: str, model: GPT, label: str, stride: int = 0) -> None:
         scores[stage] = evaluator.score(model, stride, log)
         log(f"{label} {scores[stage]}")
-    artifact = Path(h.eval_only or out / "final_model.ptz")
+    artifact, partial = Path(h.eval_only or out / "final_model.partial.ptz"), [log.path]
     if not h.eval_only:
         stages, facts = obtain_weights(h, runtime, log, evaluator, kernels)
         for stage, state in stages.items():
             score(stage, load_model(h, runtime, state, kernels), f"stage:{stage}")
-        pack_and_save(h, runtime, log, stages["averaged"], artifact)
+        if runtime.rank == 0:
+            began, budget = time.perf_counter(), h.artifact_bytes - SOURCE.stat().st_size
+            write_atomic(artifact, pack_to_budget(stages["averaged"], h, budget, log))
+            log(f"pack_time:{time.perf_counter() - began:.1f}s")
+        partial += [artifact] if h.resume_from else [artifact, artifact.with_suffix(".pt")]
     content = read_file(artifact, "EVAL_ONLY", runtime)
     architecture, state = unpack(content, str(artifact))
     checked_state(h, architecture, str(artifact))
@@ -1477,10 +1470,11 @@ def run(h: Hyperparameters, runtime: Runtime) -> None:
     report = submission(evaluator, environment["hardware"], scores, facts, len(content))
     if runtime.rank == 0 and not h.eval_only:
         write_atomic(out / "submission.json", (json.dumps(report, indent=2) + "\n").encode())
-    if runtime.device.type == "cuda":
-        log(f"peak_memory:{torch.cuda.max_memory_reserved() / 2**30:.2f}GiB")
+    log(f"peak_gpu_memory:{torch.cuda.max_memory_reserved() / 2**30:.2f}GiB")
     log(f"val_bpb:{report['val_bpb']:.8f} {dataset} bytes_total:{report['bytes_total']} "
         f"(code {report['bytes_code']} + model {len(content)}, cap {h.artifact_bytes})")
+    for path in filter(None, partial if runtime.rank == 0 else ()):  # now it may replace older ones
+        os.replace(path, path.with_name(path.name.replace(".partial", "")))
 
 def main() -> None:
     """Exits with 0, or with 1 and one message on stderr."""
@@ -1489,10 +1483,15 @@ def main() -> None:
         run(with_sample(h), Runtime.start(h, os.environ))
         if dist.is_initialized():
             dist.destroy_process_group()
-    except RunError as error:
+    except (RunError, OSError, RuntimeError, KeyboardInterrupt) as error:
+        if isinstance(error, RuntimeError) and "gloo" not in str(error).lower():
+            raise
         rank = int(os.environ.get("RANK", 0))
         time.sleep(2 if rank else 0)  # most faults meet all ranks: rank 0 speaks, then all end
-        print(f"error (rank {rank}): {error}", file=sys.stderr, flush=True)
+        text = (f"{error}; give it space, or another OUTPUT_DIR" if isinstance(error, OSError) else
+                str(error).splitlines()[0] if str(error) else "interrupted")
+        kind = "lost a rank" if isinstance(error, RuntimeError) else "error"
+        print(f"{kind} (rank {rank}): {text}", file=sys.stderr, flush=True)
         os._exit(1)  # at once: the other ranks may be inside collectives, and torchrun ends them
 
 if __name__ == "__main__":

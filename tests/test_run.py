@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -36,6 +37,8 @@ SUBMISSION_KEYS = [
     "bytes_model_int6_zstd", "step_stop", "step_avg_ms", "wallclock_seconds",
     "eval_time_seconds", "seeds", "seed_results",
 ]
+EARLIER = '{"of": "an earlier run"}'
+RESULTS = ["train.log", "submission.json", "final_model.pt", "final_model.ptz"]
 SEED_KEYS = ["val_loss", "val_bpb", "val_bpb_roundtrip", "artifact_bytes", "steps", "step_avg_ms"]
 # fmt: on
 
@@ -52,7 +55,7 @@ class Finished:
     status: int
     stdout: str
     stderr: str
-    seconds: float
+    seconds: float  # since its start or since it was struck
     folder: Path  # its OUTPUT_DIR
     log: list[str]  # lines of its train.log, with `report` as they were when it ended
     report: dict[str, Any]  # its submission.json
@@ -107,9 +110,10 @@ class Launcher:
 
     def start(
         self, name: str, ranks: int = 1, after: str = "", script: Path | None = None,
-        **settings: object,
+        strike: Callable[[int], None] | None = None, **settings: object,
     ) -> None:  # fmt: skip
-        """Queues a run; `after` names one, queued before, whose files it needs."""
+        """Queues a run; `after` names one, queued before, whose files it needs, and `strike` gets
+        the process number when step 4 has been logged."""
 
         def wait_and_run() -> Finished:
             if after:
@@ -117,11 +121,12 @@ class Launcher:
             if script:  # the program by itself
                 script.parent.mkdir()
                 shutil.copy(REPO / "train_gpt.py", script)
-            return self.run(name, ranks, settings, script or REPO / "train_gpt.py")
+            return self.run(name, ranks, settings, script or REPO / "train_gpt.py", strike)
 
         self.runs[name] = self.pool.submit(wait_and_run)
 
-    def run(self, name: str, ranks: int, settings: dict[str, object], script: Path) -> Finished:
+    def run(self, name: str, ranks: int, settings: dict[str, object], script: Path,
+            strike: Callable[[int], None] | None) -> Finished:  # fmt: skip
         defaults = {
             "DATA_PATH": self.data / "good",
             "TOKENIZER_PATH": self.tokenizer,
@@ -135,14 +140,24 @@ class Launcher:
         if ranks > 1:
             command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
         began = time.perf_counter()
-        done = subprocess.run(
+        process = subprocess.Popen(
             [*command, str(script)],
             env=env,
             cwd=self.folder,
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            timeout=100,
         )
+        start = ""
+        if strike:
+            assert process.stdout
+            for line in process.stdout:
+                start += line
+                if line.startswith("step:4/"):
+                    began = time.perf_counter()
+                    strike(process.pid)
+                    break
+        stdout, stderr = process.communicate(timeout=100)
         seconds, out = time.perf_counter() - began, Path(str(mine["OUTPUT_DIR"]))
         log, report = out / "train.log", out / "submission.json"
         lines = log.read_text().splitlines() if log.exists() else []
@@ -150,11 +165,21 @@ class Launcher:
         packed = out / "final_model.ptz"
         artifact = packed.read_bytes() if packed.exists() else b""
         return Finished(
-            done.returncode, done.stdout, done.stderr, seconds, out, lines, fields, artifact
+            process.returncode, start + stdout, stderr, seconds, out, lines, fields, artifact
         )
 
     def close(self) -> None:
         self.pool.shutdown(cancel_futures=True)
+
+
+def terminate(pid: int) -> None:
+    os.kill(pid, signal.SIGTERM)
+
+
+def kill_rank_1(torchrun: int) -> None:
+    for child in Path(f"/proc/{torchrun}/task/{torchrun}/children").read_text().split():
+        if b"\0RANK=1\0" in Path(f"/proc/{child}/environ").read_bytes():
+            os.kill(int(child), signal.SIGKILL)
 
 
 MISTAKES: dict[str, tuple[dict[str, object], str]] = {  # settings, pattern of the message
@@ -212,6 +237,20 @@ def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
         "alone", after="one", script=folder / "script/train_gpt.py", DATA_PATH=shard.parent,
         EVAL_ONLY=trained / "final_model.ptz")  # fmt: skip
     launcher.start("other", after="one", EVAL_ONLY=trained / "final_model.ptz", NUM_LAYERS=5)
+    long: dict[str, Any] = dict(ITERATIONS=100_000, VAL_LOSS_EVERY=0)
+    launcher.start("interrupted", strike=terminate, **long)
+    launcher.start(
+        "resumed", after="interrupted",
+        RESUME_FROM=folder / "interrupted/final_model.partial.pt")  # fmt: skip
+    launcher.start("finished early", strike=terminate, ON_INTERRUPT="finish", **long)
+    launcher.start("interrupted 2", ranks=2, strike=terminate, **long)
+    launcher.start("widowed", ranks=2, strike=kill_rank_1, **long)
+    full = folder / "full disk"
+    full.mkdir()
+    for file in RESULTS:
+        (full / file).write_text(EARLIER)
+    (full / "final_model.partial.ptz.tmp").symlink_to("/dev/full")
+    launcher.start("full disk")
     launcher.start("capped", MAX_WALLCLOCK_SECONDS=2, ITERATIONS=100_000, VAL_LOSS_EVERY=0)
     yield launcher
     launcher.close()
@@ -233,7 +272,7 @@ def test_a_run_ends_well_and_leaves_its_files(finished: Get, name: str) -> None:
     run = finished(name)
     assert run.status == 0, run.stderr
     assert run.errors == [] and "Traceback" not in run.stderr
-    for file in ("train.log", "submission.json", "final_model.pt", "final_model.ptz"):
+    for file in RESULTS:
         assert (run.folder / file).stat().st_size > 0, file
     assert not list(run.folder.glob("*.tmp"))
 
@@ -389,6 +428,52 @@ def test_a_capped_run_ends_inside_its_cap(finished: Get) -> None:
     report = run.report
     assert 1.0 < report["wallclock_seconds"] <= 2.0 + 2 * report["step_avg_ms"] / 1e3
     assert 12 < report["step_stop"] < 100_000
+
+
+# Runs that are struck
+
+
+def test_an_interrupted_run_saves_what_it_trained_and_says_how_to_go_on(finished: Get) -> None:
+    run = finished("interrupted")
+    check_failure(run, r"interrupted at step \d+; RESUME_FROM=\S+final_model\.partial\.pt")
+    assert run.seconds < 30 and "Traceback" not in run.stderr
+    assert not run.report and not run.artifact
+    again = finished("resumed")
+    assert again.status == 0, again.stderr
+    assert again.report["interrupted"] and 4 <= again.report["step_stop"] < 100_000
+
+
+def test_two_interrupted_ranks_save_one_state(finished: Get) -> None:
+    run = finished("interrupted 2")
+    assert run.status != 0 and run.seconds < 30
+    assert any("interrupted at step" in line for line in run.errors), run.stderr
+    saved = torch.load(run.folder / "final_model.partial.pt", weights_only=True)
+    assert set(saved["stages"]) == {"trained", "averaged"} and saved["facts"]["interrupted"]
+
+
+def test_an_interrupted_run_that_shall_finish_is_packed_and_scored(finished: Get) -> None:
+    run = finished("finished early")
+    assert run.status == 0, run.stderr
+    assert run.report["interrupted"] and 4 <= run.report["step_stop"] < 100_000
+    assert run.score("final_int6_zstd_sliding_exact") == pytest.approx(run.report["val_bpb"])
+    assert all((run.folder / file).exists() for file in RESULTS)
+
+
+def test_a_rank_that_is_killed_ends_the_other_soon(finished: Get) -> None:
+    run = finished("widowed")
+    assert run.status != 0 and run.seconds < 30
+    assert re.search(r"SIGKILL|Signal 9", run.stderr), run.stderr
+    assert not run.report
+
+
+def test_a_full_disk_at_export_keeps_every_earlier_result(finished: Get) -> None:
+    run = finished("full disk")
+    check_failure(run, r"No space left on device.*OUTPUT_DIR")
+    assert "Traceback" not in run.stderr
+    for file in RESULTS:
+        assert (run.folder / file).read_text() == EARLIER, file
+    saved = torch.load(run.folder / "final_model.partial.pt", weights_only=True)
+    assert set(saved["stages"]) == {"trained", "averaged"} and saved["facts"]["step_stop"] == 12
 
 
 # Runs that must fail
