@@ -15,7 +15,7 @@ SUBMISSION: dict[str, Any] = json.loads((REPO / "submission.json").read_text())
 P_STEPS = {  # what the committed run overrides: the proxy protocol and where its files lay
     "iterations": 1600, "train_batch_tokens": 98_304, "max_wallclock_seconds": 0.0,
     "data_path": None, "tokenizer_path": None, "output_dir": None,
-    "eval_dump": None,
+    "eval_dump": None, "on_interrupt": None,
 }  # fmt: skip
 
 
