@@ -1068,7 +1068,7 @@ def pack_to_budget(state: Mapping[str, Tensor], h: Hyperparameters, budget: int,
             return best  # full, or as fine as the code range allows
         overhead, margin = len(blob) - entropy, margin if fits else 2 * margin
     if not best:
-        raise RunError(f"export: nothing fits {budget} bytes; raise ARTIFACT_BYTES, then RESUME_FROM")
+        raise RunError(f"export: nothing fits {budget} bytes; RESUME_FROM with more ARTIFACT_BYTES")
     return best
 
 # ---- 11. Evaluation -----------------------------------------------------------------------------
@@ -1415,7 +1415,7 @@ def obtain_weights(h: Hyperparameters, runtime: Runtime, log: RunLog, evaluator:
                     "stages": stages}, content := io.BytesIO())
         write_atomic(path, content.getvalue())
     if facts["interrupted"] and h.on_interrupt == "save":
-        raise RunError(f"interrupted at step {facts['step_stop']}; set RESUME_FROM={path} to score it")
+        raise RunError(f"interrupted at step {facts['step_stop']}: RESUME_FROM={path} scores it")
     return stages, facts
 
 def with_sample(h: Hyperparameters) -> Hyperparameters:

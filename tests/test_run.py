@@ -435,7 +435,7 @@ def test_a_capped_run_ends_inside_its_cap(finished: Get) -> None:
 
 def test_an_interrupted_run_saves_what_it_trained_and_says_how_to_go_on(finished: Get) -> None:
     run = finished("interrupted")
-    check_failure(run, r"interrupted at step \d+; set RESUME_FROM=\S+final_model\.partial\.pt")
+    check_failure(run, r"interrupted at step \d+: RESUME_FROM=\S+final_model\.partial\.pt")
     assert run.seconds < 30 and "Traceback" not in run.stderr
     assert not run.report and not run.artifact
     again = finished("resumed")
