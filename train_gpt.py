@@ -1317,7 +1317,7 @@ def train(h: Hyperparameters, runtime: Runtime, log: RunLog, evaluator: Evaluato
     queue.start()
     while step < h.iterations:
         # Rank 0's clock is everybody's; the second step ahead is margin.
-        ends, elapsed, stop = runtime.agree_on((queue.projected(2), queue.elapsed(), signals))
+        ends, elapsed, stop = runtime.agree_on((queue.projected(2), queue.elapsed(), len(signals)))
         if step and (stop or 0 < h.max_wallclock_seconds < ends):
             break
         if h.val_loss_every and step and step % h.val_loss_every == 0:
