@@ -6,6 +6,8 @@ After a change that is meant to alter the losses, write the golden file again an
 """
 
 import json
+import os
+import signal
 import sys
 import tempfile
 import time
@@ -298,6 +300,27 @@ def test_a_cap_shorter_than_a_step_still_ends_cleanly(
 
 
 # The loop
+
+
+def test_a_signal_after_the_ranks_have_agreed_counts_at_the_next_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank that acted on it at once would wait for the others forever."""
+    agree, rounds = Runtime.agree_on, []
+
+    def interrupting(self: Runtime, value: Any) -> Any:
+        agreed = agree(self, value)
+        if isinstance(value, tuple):
+            rounds.append(value)
+            if len(rounds) == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return agreed
+
+    monkeypatch.setattr(Runtime, "agree_on", interrupting)
+    before = signal.getsignal(signal.SIGTERM)
+    run = Run(tiny(iterations=8), tmp_path)
+    assert run.facts["interrupted"] and run.facts["step_stop"] == 3
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.mark.parametrize(("iterations", "clock"), [(8, 0.0), (10**6, 0.5)])
