@@ -439,7 +439,7 @@ def entropy_bits(codes_NRC: Tensor) -> float:
 
 def fit_step(size_of: Callable[[float], float], target: float) -> float:
     """Smallest step whose size, falling in the step, is at most `target`; by bisection."""
-    low, high = -24.0, 24.0  # log2: from where the code range decides, to all codes zero
+    low, high = -80.0, 24.0  # log2: from where the code range decides, to all codes zero
     for _ in range(26):
         middle = (low + high) / 2
         low, high = (low, middle) if size_of(2.0**middle) <= target else (middle, high)
@@ -1111,7 +1111,7 @@ class Evaluator:
         self.tokens = torch.from_numpy(tokens.astype(np.int32)).to(runtime.device)
         batch = min(h.val_batch_size // runtime.world_size, h.micro_batch_tokens)
         self.rows, self.dump = max(1, batch // h.train_seq_len), dict[str, np.ndarray]()
-        # Two graphs, the first for all windows; no kernel chosen by timing: everywhere equal sums.
+        # Two graphs, the first for all windows; no kernel is chosen by timing: that changes sums.
         self.hidden, self.losses = (runtime.compile(function, deterministic=True)
                                     for function in (GPT.final_hidden, GPT.losses))
     def last_losses(self, model: GPT, starts: range, scored: int) -> tuple[Tensor, Tensor]:
@@ -1485,7 +1485,7 @@ def main() -> None:
             dist.destroy_process_group()
     except (RunError, OSError, RuntimeError, KeyboardInterrupt) as error:
         if isinstance(error, RuntimeError) and "gloo" not in str(error).lower():
-            raise
+            raise  # a bug, not a collective whose peer has gone
         rank = int(os.environ.get("RANK", 0))
         time.sleep(2 if rank else 0)  # most faults meet all ranks: rank 0 speaks, then all end
         text = (f"{error}; give it space, or another OUTPUT_DIR" if isinstance(error, OSError) else

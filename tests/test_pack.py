@@ -239,6 +239,34 @@ def test_an_artifact_never_reaches_its_budget(scale: float, budget: int) -> None
     assert all(bool(torch.isfinite(w).all()) for w in read.values())
 
 
+@settings(max_examples=8)
+@given(st.integers(0, 4), st.floats(-8, 3), st.floats(0, 1), st.floats(0, 6),
+       st.integers(9_000, 40_000))  # fmt: skip
+def test_any_finite_weights_fit_below_any_budget_and_come_back(
+    seed: int, log_scale: float, zeros: float, log_outlier: float, budget: int
+) -> None:
+    """Weights of any scale, with rows of zeros and one huge outlier in every matrix."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = dict(state(seed))
+    for name in train_gpt.export_grids(H):
+        w = weights[name] * 10.0**log_scale
+        w = w * (torch.rand(*w.shape[:-1], 1, generator=generator) >= zeros)
+        w[..., 1, 2] = 10.0 ** (log_scale + log_outlier)
+        weights[name] = w
+    blob = packed(weights, budget)
+    assert len(blob) < budget
+    assert blob == packed(weights, budget)
+    _, read = unpack(blob)
+    expected = hidden_by_size(weights)
+    for name, w in weights.items():
+        assert read[name].shape == w.shape and bool(torch.isfinite(read[name]).all()), name
+        if name not in train_gpt.export_grids(H):
+            assert torch.equal(read[name], w.half().float()), name
+            continue
+        # A weight that rounds to a code other than zero is at least half of what it becomes.
+        assert bool((read[name].abs() <= 2.0001 * expected[name].abs()).all()), name
+
+
 @pytest.mark.parametrize("budget", [12_000, 16_000, 20_000])
 def test_a_budget_that_binds_is_used_to_within_a_percent(budget: int) -> None:
     assert 0.99 * budget < len(packed(state(), budget)) < budget
