@@ -242,6 +242,11 @@ class Runtime:
         # Inductor's mix_order_reduction makes RMS-norm backward 6 ms slower (pytorch #179494).
         torch._inductor.config.triton.mix_order_reduction = False
         torch._dynamo.config.recompile_limit = 64
+        # Inductor learns of a custom operator when it first compiles one, and from then on fuses
+        # what comes before it in another way: told now, every process builds the same kernels.
+        from torch._inductor.lowering import add_needs_realized_inputs
+        add_needs_realized_inputs(
+            [torch.ops.golf.linear_relu2.default, torch.ops.golf.norm_rotate.default])
         return torch.compile(function, backend=self.compile_backend, dynamic=False, fullgraph=True,
                              options=options if self.compile_backend == "inductor" else None)
     def agree_on(self, value: Any) -> Any:

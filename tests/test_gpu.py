@@ -1,9 +1,13 @@
 """What only a CUDA device can show; run with `python -m pytest -m gpu` on one."""
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
-from support import tiny
+from support import REPO, tiny
 
 import train_gpt as tg
 
@@ -94,3 +98,36 @@ def test_a_step_never_makes_the_host_wait(late_qat):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.isfinite(loss)
+
+
+SCORE = """
+import sys
+import torch
+sys.path.insert(0, "tests")
+from support import tiny, tiny_weights
+import train_gpt as tg
+h = tiny(train_seq_len=128, model_dim=256, num_heads=4, num_kv_heads=2, mlp_hidden=256,
+         rope_dims=16, micro_batch_tokens=1024)
+runtime = tg.Runtime(torch.device("cuda"), compile_backend="inductor")
+kernels = tg.Kernels(tg.attention_candidates()["cudnn"], tg.FusedHeads.apply, tg.FusedMLP.apply)
+model = tg.load_model(h, runtime, tiny_weights(h), kernels)
+tokens = torch.randint(h.vocab_size, (8, 129), generator=torch.Generator().manual_seed(0)).cuda()
+if sys.argv[1] == "trained":  # its graph is compiled first, as in a run
+    loss = runtime.compile(lambda m, t: m(t[:, :-1], t[:, 1:]).mean())(model, tokens)
+    torch.autograd.grad(loss, list(model.parameters()))
+with torch.no_grad():
+    hidden = runtime.compile(tg.GPT.final_hidden, deterministic=True)(model, tokens[:, :-1])
+print("sum", hidden.double().sum().item(), hidden.double().square().sum().item())
+"""
+
+
+def test_a_process_that_only_scores_computes_the_bits_of_one_that_trained(tmp_path):
+    """Each with a compile cache of its own; Inductor once fused them differently."""
+    lines = []
+    for what in ("trained", "scored"):
+        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / what)}
+        result = subprocess.run([sys.executable, "-c", SCORE, what], cwd=REPO, env=environment,
+                                capture_output=True, text=True, timeout=300, check=False)
+        assert result.returncode == 0, result.stderr[-2000:]
+        lines.append(result.stdout.splitlines()[-1])
+    assert lines[0].startswith("sum ") and lines[0] == lines[1]
