@@ -73,14 +73,14 @@ class RunError(Exception):
 # ---- 2. Hyperparameters -------------------------------------------------------------------------
 RETIRED = dict(  # names of the challenge's baseline that mean nothing here -> what to set instead
     MLP_MULT="MLP_HIDDEN", TIED_EMBED_LR="EMBED_LR", HEAD_LR="EMBED_LR",
-    MUON_BACKEND_STEPS="MUON_STEPS", WEIGHT_DECAY="DECAY_PER_RUN",
+    WEIGHT_DECAY="DECAY_PER_RUN", MUON_BACKEND_STEPS="nothing: Polar Express has five",
     TIE_EMBEDDINGS="nothing: they are always tied")
 
 @dataclass(frozen=True)
 class Hyperparameters:
     """All numbers of a run.  The defaults are the `card` preset, the submitted configuration."""
     # Run
-    preset: str = "card"  # card | smoke
+    preset: str = "card"  # card | frontier | smoke
     run_id: str = "card"  # label in the log and in submission.json
     seed: int = 1337  # weights and batch order
     device: str = "auto"  # auto | cpu | cuda
@@ -93,14 +93,16 @@ class Hyperparameters:
     on_interrupt: str = "save"  # SIGTERM or Ctrl-C in training: save and end, or finish the run
     author: str = "Parameter Golf maintainers"  # for submission.json
     github_id: str = ""  # account that submits
-    # Model: 25.2M parameters, which 16 MB hold at 5 bits a weight
+    # Model: 32.4M parameters, which 16 MB hold at 3.9 bits a weight
     vocab_size: int = 1024  # of the tokenizer; embeddings are tied
     num_layers: int = 11  # 5 encode, 6 decode: U-Net skips join them
     model_dim: int = 512  # width of the residual stream
-    num_heads: int = 8  # of width 64
-    num_kv_heads: int = 4  # grouped-query attention, 2 query heads a group
-    mlp_hidden: int = 1408  # 11 x 128: whole GEMM tiles
-    rope_dims: int = 16  # of each head's 64; the rest carries no position
+    num_heads: int = 4  # of width 128: better and faster than 8 of 64 (ABLATIONS.md)
+    num_kv_heads: int = 2  # grouped-query attention, 2 query heads a group
+    mlp_hidden: int = 2048  # 16 x 128: whole GEMM tiles
+    rope_dims: int = 32  # of each head's 128; the rest carries no position
+    key_shift: int = 0  # 1: those other dims of a key come from the token before
+    gate_dims: int = 0  # inputs of the gate on each head's output; 0: no gates
     rope_base: float = 10_000.0  # longest wavelength over 2 pi, tokens
     xsa_layers: int = 4  # last layers whose attention drops the token's own value
     ve_layers: int = 2  # last layers that add the value embedding to V
@@ -109,14 +111,14 @@ class Hyperparameters:
     qk_gain_init: float = 4.0  # per-head sharpness of the attention logits
     embed_init_std: float = 0.005  # near-uniform first predictions through the tied head
     # Optimizer
-    matrix_lr: float = 0.025  # Muon, spectral norm per update
-    embed_lr: float = 0.035  # AdamW, tables
+    matrix_lr: float = 0.03  # Muon, spectral norm per update
+    embed_lr: float = 0.02  # AdamW, tables
     scalar_lr: float = 0.01  # AdamW, gains and gates
     decay_per_run: float = 160.0  # weight decay x steps, times lr: 0.1 if there are 1,600 steps
     muon_momentum: float = 0.95  # runs at 0.99 ended 0.03 to 0.07 bpb higher (ABLATIONS.md)
     muon_momentum_warmup_start: float = 0.92  # from here linearly: without, 0.002 bpb worse
     muon_momentum_warmup_steps: int = 320  # until then
-    muon_steps: int = 5  # Newton-Schulz iterations
+    muon_beta2: float = 0.95  # NorMuon, decay per step of each neuron's mean square update
     beta1: float = 0.9  # AdamW, decay of the mean gradient per step
     beta2: float = 0.95  # AdamW, of its square; short, as the run is
     adam_eps: float = 1e-8  # AdamW, floor of the root mean square gradient
@@ -127,7 +129,7 @@ class Hyperparameters:
     train_batch_tokens: int = 786_432  # per step, over all ranks
     train_seq_len: int = 2048  # tokens of context, in training and in evaluation
     micro_batch_tokens: int = 98_304  # most tokens one rank runs at once
-    lr_warmup_steps: int = 0  # linear from 0; 0: none
+    lr_warmup_steps: int = 30  # linear from 0; without, the tied table jumps in the first steps
     warmdown_fraction: float = 0.85  # of the run, in which lr falls linearly to 0
     warmdown_iters: int = 0  # the same in steps; 0: use the fraction
     swa_threshold: float = 0.2  # average the masters while the lr scale is below
@@ -168,11 +170,10 @@ class Hyperparameters:
         for low, high, names in (
             (2, math.inf, "vocab_size num_layers"),
             (1, math.inf, "model_dim num_heads num_kv_heads mlp_hidden ve_layers ve_dim iterations "
-             "train_seq_len train_batch_tokens val_batch_size train_log_every muon_steps "
-             "warmup_steps"),
+             "train_seq_len train_batch_tokens val_batch_size train_log_every warmup_steps"),
             (1e-12, math.inf, "rope_base logit_softcap adam_eps warmdown_fraction"),
-            (0, 1 - 1e-9, "beta1 beta2 muon_momentum muon_momentum_warmup_start"),
-            (0, 1, "warmdown_fraction"), (1, 22, "zstd_level")):
+            (0, 1 - 1e-9, "beta1 beta2 muon_beta2 muon_momentum muon_momentum_warmup_start"),
+            (0, 1, "warmdown_fraction key_shift"), (1, 22, "zstd_level")):
             for name in names.split():
                 require(low <= getattr(self, name) <= high, name, f"set it within {low} to {high}")
         for name, must, other in (
@@ -180,6 +181,7 @@ class Hyperparameters:
             ("train_seq_len", "divide", "train_batch_tokens"),
             ("train_seq_len", "not exceed", "micro_batch_tokens"),
             ("eval_stride", "not exceed", "train_seq_len"), ("rope_dims", "not exceed", "head_dim"),
+            ("gate_dims", "not exceed", "model_dim"),
             ("xsa_layers", "not exceed", "num_layers"), ("ve_layers", "not exceed", "num_layers")):
             mine, its = getattr(self, name), getattr(self, other)
             require(its % mine == 0 if must == "divide" else mine <= its, name,
@@ -195,7 +197,10 @@ class Hyperparameters:
         return sum(math.prod(shape) for shape in parameter_shapes(self).values())
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "card": {}, "smoke": dict(  # the same code at a size that a CPU trains in two minutes
+    "card": {}, "frontier": dict(  # plus what pays but is none of the card's named techniques
+        run_id="frontier", vocab_size=8192, data_path="./data/datasets/fineweb10B_sp8192",
+        tokenizer_path="./data/tokenizers/fineweb_8192_bpe.model", mlp_hidden=1536, key_shift=1,
+        gate_dims=12), "smoke": dict(  # the same code at a size that a CPU trains in two minutes
         run_id="smoke", data_path="sample", tokenizer_path="", output_dir="./smoke_run",
         num_layers=4, model_dim=128, num_heads=4, num_kv_heads=2, mlp_hidden=352, rope_dims=8,
         xsa_layers=2, ve_dim=32, iterations=300, max_wallclock_seconds=60.0, train_seq_len=256,
@@ -709,7 +714,8 @@ def parameter_shapes(h: Hyperparameters) -> dict[str, tuple[int, ...]]:
         "mlp_bank": (2 * layers, h.mlp_hidden, dim), "ve_proj": (1, h.kv_dim, h.ve_dim),
         "attn_scale": (layers, dim), "mlp_scale": (layers, dim), "resid_mix": (layers, 2, dim),
         "skip_weight": (layers // 2, dim), "q_gain": (layers, h.num_heads),
-        "smear_gate": (dim,), "ve_scale": (h.ve_layers,)}
+        "smear_gate": (dim,), "ve_scale": (h.ve_layers,),
+        **({"attn_gate": (layers, h.num_heads, h.gate_dims)} if h.gate_dims else {})}
 
 def initial_weights(h: Hyperparameters) -> dict[str, Tensor]:
     """float32 starting point from the seed.  Orthogonal where a matrix reads the residual stream
@@ -733,6 +739,12 @@ def smear(x_BTD: Tensor, gate_D: Tensor, inputs_BT: Tensor) -> Tensor:
     has_previous = ((inputs_BT != BOS_ID) & ~first)[..., None]
     previous = F.pad(x_BTD, (0, 0, 1, 0))[:, :-1]
     return x_BTD + has_previous * torch.sigmoid(gate_D) * (previous - x_BTD)
+
+def shift_keys(k_BTKE: Tensor, rotated: int) -> Tensor:
+    """The dims after the first `rotated` come from the token before, so that a query finds what
+    followed an earlier token like its own in one layer, not two (modded-nanogpt's key offset)."""
+    now, before = k_BTKE.split((rotated, k_BTKE.shape[-1] - rotated), dim=-1)
+    return torch.cat((now, F.pad(before, (0, 0, 0, 0, 1, 0))[:, :-1]), dim=-1)
 
 class GPT(nn.Module):
     """Decoder of L blocks with U-Net skips.  Parameters are banks, named in parameter_shapes."""
@@ -772,11 +784,17 @@ class GPT(nn.Module):
             x = keep * x + mixed
             ve_index, depth = i - (layers - h.ve_layers), (i + 1) ** -0.5  # pg#315 damps by depth
             added = self.ve_scale[ve_index] * ve if ve_index >= 0 else None
-            q, k, v = self.kernels.heads(rms_norm(x) * depth, qkv[i], self.q_gain[i], rotary)
+            normed = rms_norm(x) * depth
+            q, k, v = self.kernels.heads(normed, qkv[i], self.q_gain[i], rotary)
+            if h.key_shift:
+                k = shift_keys(k, h.rope_dims)
             v = v if added is None else v + added.view(v.shape)
             y = self.kernels.attend(q, k, v)
             if i >= layers - h.xsa_layers:
                 y = exclude_self(y, v)
+            if h.gate_dims:  # one factor a head from a few dims, 1 at first (modded-nanogpt)
+                gate_BTH = 2 * torch.sigmoid(F.linear(normed[..., :h.gate_dims], self.attn_gate[i]))
+                y = y * gate_BTH[..., None]
             x = x + F.linear(y.flatten(2), out[i])
             x = x + self.kernels.mlp(x, up[i], down[i], depth)
             if i < layers // 2:
@@ -787,7 +805,7 @@ class GPT(nn.Module):
 MATRICES = ("qo_bank", "kv_bank", "mlp_bank", "ve_proj")  # Muon
 TABLES = ("tok_emb", "ve_emb")  # AdamW at embed_lr
 VECTORS = ("smear_gate", "resid_mix", "attn_scale", "mlp_scale", "q_gain", "skip_weight",
-           "ve_scale")  # AdamW at scalar_lr
+           "ve_scale", "attn_gate")  # AdamW at scalar_lr
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # since 2.13
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
@@ -799,25 +817,38 @@ def lr_scale(h: Hyperparameters, progress: float, total_steps: float = 0.0) -> f
     share = h.warmdown_iters / (total_steps or h.iterations) or h.warmdown_fraction
     return min(1.0, (1.0 - progress) / min(1.0, share))
 
-def newton_schulz(g_NRC: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
-    """Batched quintic iteration towards the polar factor U V^T of each matrix; singular values
-    end within about 0.7 to 1.2 (Jordan et al., Muon, 2024).  Matrices of zeros stay zero."""
-    a, b, c = 3.4445, -4.7750, 2.0315
+POLAR_EXPRESS = (  # (a, b, c) of each step a x + b (x x^T) x + c (x x^T)^2 x, by Amsel et al., 2025
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233002577),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323))
+
+def orthogonalize(g_NRC: Tensor, dtype: torch.dtype) -> Tensor:
+    """Batched Newton-Schulz iteration (Jordan et al., Muon, 2024) towards the polar factor U V^T of
+    each matrix.  Matrices of zeros stay zero."""
     x = g_NRC.mT if g_NRC.shape[-2] > g_NRC.shape[-1] else g_NRC
-    x = (x / (x.square().sum((-2, -1), keepdim=True).sqrt() + 1e-7)).to(dtype)
+    x = (x / (1.02 * x.square().sum((-2, -1), keepdim=True).sqrt() + 1e-7)).to(dtype)
     identity = torch.eye(x.shape[-2], dtype=dtype, device=x.device)
-    for _ in range(steps):
+    for a, b, c in POLAR_EXPRESS:
         gram = x @ x.mT
         x = (a * identity + b * gram + c * (gram @ gram)) @ x  # baddbmm would copy its addend
     return x.mT if g_NRC.shape[-2] > g_NRC.shape[-1] else x
 
-def muon_update(grad: Tensor, momentum: Tensor, master: Tensor, update_scale: Tensor, clip: Tensor,
-                lr: Tensor, beta: Tensor, decay: Tensor, steps: int, dtype: torch.dtype) -> None:
-    """In-place Nesterov momentum, orthogonalisation, decoupled decay of a shard (n, R, C)."""
+def muon_update(grad: Tensor, bank: Bank, clip: Tensor, lr: Tensor, beta: Tensor, decay: Tensor,
+                beta2: float, dtype: torch.dtype) -> None:
+    """In-place Nesterov momentum, orthogonalisation and decoupled decay of a shard (n, R, C).  As
+    in NorMuon (Li et al., 2025), each neuron's update is divided by its root mean square over the
+    last steps, and each matrix's keeps its norm."""
     g = grad.float() * clip
-    momentum.lerp_(g, 1 - beta)
-    update = newton_schulz(torch.lerp(g, momentum, beta), steps, dtype).float()
-    master.mul_(1 - lr * decay).sub_(lr * update_scale * update)
+    bank.momentum.lerp_(g, 1 - beta)
+    update = orthogonalize(torch.lerp(g, bank.momentum, beta), dtype).float()
+    along = -1 if bank.square.shape[-1] == 1 else -2
+    bank.square.lerp_(update.square().mean(along, keepdim=True), 1 - beta2)
+    even = update * bank.square.clamp_min(1e-12).rsqrt()
+    before, after = (t.square().sum((-2, -1), keepdim=True) for t in (update, even))
+    scale = (before / after.clamp_min(1e-12)).sqrt() * bank.update_scale  # padding stays 0
+    bank.master.mul_(1 - lr * decay).sub_(lr * scale * even)
 
 def adamw_update(grad: Tensor, mean: Tensor, square: Tensor, master: Tensor, clip: Tensor,
                  lr: Tensor, decay: Tensor, step: Tensor, h: Hyperparameters) -> None:
@@ -835,6 +866,7 @@ class Bank(NamedTuple):
     padded: Tensor  # (n * ranks, R, C), receives the all-gather
     master: Tensor  # (n, R, C) float32
     momentum: Tensor  # (n, R, C) float32
+    square: Tensor  # (n, R, 1) or (n, 1, C) float32: mean square update of each row or column
     update_scale: Tensor  # (n, 1, 1) float32: sqrt(max(1, fan_out / fan_in))
 
 class Optimizer:
@@ -846,9 +878,9 @@ class Optimizer:
         self.model, self.h, self.runtime = model, h, runtime
         parameters = dict(model.named_parameters())
         self.names = list(parameters)
-        assert sorted((*MATRICES, *TABLES, *VECTORS)) == sorted(parameters), "groups: no partition"
+        assert parameters.keys() <= {*MATRICES, *TABLES, *VECTORS}, "a parameter is in no group"
         self.banks = [self._bank(name, parameters[name]) for name in MATRICES]
-        self.small = {name: parameters[name] for name in (*TABLES, *VECTORS)}
+        self.small = {n: parameters[n] for n in (*TABLES, *VECTORS) if n in parameters}
         # All small gradients and the loss share one buffer, so they need one collective.
         self.flat_master = torch.cat([p.detach().float().flatten() for p in self.small.values()])
         self.flat = torch.zeros(len(self.flat_master) + 1, device=runtime.device)
@@ -885,7 +917,9 @@ class Optimizer:
         fans = [rows / columns] * straight + [columns / rows] * (len(padded) - straight)
         scale = torch.tensor([max(1.0, fan) ** 0.5 for fan in fans[mine]], device=device)
         master = padded[mine].float().clone()  # float() alone would alias float32 weights
-        return Bank(name, parameter, padded, master, torch.zeros_like(master), scale.view(-1, 1, 1))
+        square = torch.zeros_like(master[:, :, :1] if rows >= columns else master[:, :1])
+        return Bank(name, parameter, padded, master, torch.zeros_like(master), square,
+                    scale.view(-1, 1, 1))
     @torch.no_grad()
     def update(self, sums: list[Tensor]) -> Tensor:
         """One step, on the device alone.  `sums`: this rank's share of the global mean loss (0-d)
@@ -912,8 +946,8 @@ class Optimizer:
         matrix_lr, warmth = self.lr * h.matrix_lr, self.steps / max(1, h.muon_momentum_warmup_steps)
         momentum = start + (h.muon_momentum - start) * warmth.clamp(max=1)
         for bank, shard in zip(self.banks, shards, strict=True):
-            self.muon_update(shard, bank.momentum, bank.master, bank.update_scale, clip, matrix_lr,
-                             momentum, self.decay, h.muon_steps, self.runtime.dtype)
+            self.muon_update(shard, bank, clip, matrix_lr, momentum, self.decay, h.muon_beta2,
+                             self.runtime.dtype)
         self.steps += 1
         self.adamw_update(small, self.mean, self.square, self.flat_master, clip,
                           self.lr * self.small_lr, self.decay, self.steps, h)
@@ -962,7 +996,8 @@ class Optimizer:
         """Copies all state of model and optimizer; the returned function puts it back."""
         tensors = [p.data for p in self.model.parameters()]
         tensors += [self.flat_master, self.mean, self.square, self.steps]
-        tensors += [t for bank in self.banks for t in (bank.padded, bank.master, bank.momentum)]
+        tensors += [t for bank in self.banks
+                    for t in (bank.padded, bank.master, bank.momentum, bank.square)]
         saved, qat_step = [t.clone() for t in tensors], self.qat_step
         def restore() -> None:
             torch._foreach_copy_(tensors, saved)
@@ -985,8 +1020,8 @@ class RunningMean:
 # in that order.  A rounded tensor has a frame of row scales and one of codes per matrix, so that
 # the entropy coder adapts to each; any other has one of float16.  Values are little-endian.
 ARCHITECTURE = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_hidden",
-                "rope_dims", "rope_base", "xsa_layers", "ve_layers", "ve_dim", "logit_softcap",
-                "train_seq_len")
+                "rope_dims", "rope_base", "key_shift", "gate_dims", "xsa_layers", "ve_layers",
+                "ve_dim", "logit_softcap", "train_seq_len")
 
 def rounded(state: Mapping[str, Tensor], h: Hyperparameters,
             step: float) -> Iterator[tuple[str, Tensor, Tensor]]:

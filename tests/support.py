@@ -26,6 +26,7 @@ torch.set_num_threads(1)  # small tensors: more threads only add start-up time a
 TINY: dict[str, Any] = {
     "run_id": "tiny", "device": "cpu", "vocab_size": 64, "num_layers": 4, "model_dim": 32,
     "num_heads": 4, "num_kv_heads": 2, "mlp_hidden": 48, "rope_dims": 4, "xsa_layers": 2,
+    "key_shift": 1, "gate_dims": 8, "lr_warmup_steps": 0,
     "ve_layers": 2, "ve_dim": 8, "train_seq_len": 32, "train_batch_tokens": 256,
     "micro_batch_tokens": 256, "val_batch_size": 128, "eval_stride": 8, "iterations": 6,
     "warmup_steps": 1, "max_wallclock_seconds": 0.0, "val_loss_every": 0, "train_log_every": 1,

@@ -67,10 +67,12 @@ def ref_rotate(x_E: Tensor, position: int, dims: int, base: float) -> Tensor:
 def ref_attention(
     h: Hyperparameters, q_TE: Tensor, k_TE: Tensor, v_TE: Tensor, gain: float, xsa: bool
 ) -> Tensor:
-    """One head: QK-norm, partial rotary, gain, causal softmax, exclusive self-attention."""
+    """One head: QK-norm, partial rotary, key shift, gain, causal softmax, XSA."""
     length, out = len(q_TE), torch.zeros_like(q_TE)
     turn = [ref_rotate(ref_norm(q_TE[t]), t, h.rope_dims, h.rope_base) for t in range(length)]
     keys = [ref_rotate(ref_norm(k_TE[t]), t, h.rope_dims, h.rope_base) for t in range(length)]
+    for t in reversed(range(length)) if h.key_shift else ():
+        keys[t][h.rope_dims :] = keys[t - 1][h.rope_dims :] if t else 0
     for t in range(length):
         scores = torch.stack(
             [gain * (turn[t] @ keys[s]) / q_TE.shape[1] ** 0.5 for s in range(t + 1)]
@@ -114,16 +116,12 @@ def ref_losses(
         for head in range(h.num_heads):
             mine = slice(head * width, (head + 1) * width)
             theirs = slice(head // group * width, (head // group + 1) * width)
-            heads.append(
-                ref_attention(
-                    h,
-                    q[:, mine],
-                    k[:, theirs],
-                    v[:, theirs],
-                    float(w["q_gain"][i, head]),
-                    xsa=i >= layers - h.xsa_layers,
-                )
-            )
+            gain, xsa = float(w["q_gain"][i, head]), i >= layers - h.xsa_layers
+            y = ref_attention(h, q[:, mine], k[:, theirs], v[:, theirs], gain, xsa)
+            if h.gate_dims:
+                sensed = seen[:, : h.gate_dims] @ w["attn_gate"][i, head]
+                y = y * (2 / (1 + torch.exp(-sensed)))[:, None]
+            heads.append(y)
         x = x + w["attn_scale"][i] * (torch.cat(heads, dim=1) @ w["qo_bank"][layers + i].T)
         up = (ref_norm(x) / math.sqrt(i + 1)) @ w["mlp_bank"][i].T
         down = w["mlp_bank"][layers + i].T  # stored transposed
@@ -145,8 +143,9 @@ def ref_losses(
         dict(num_heads=2, num_kv_heads=2),
         dict(num_heads=4, num_kv_heads=1, rope_dims=8, xsa_layers=0),
         dict(num_layers=2, xsa_layers=2),
+        dict(key_shift=0, gate_dims=0),
     ],
-    ids=["gqa", "odd-depth", "mha", "mqa-full-rope", "two-layers"],
+    ids=["gqa", "odd-depth", "mha", "mqa-full-rope", "two-layers", "card"],
 )
 def test_whole_forward_equals_the_reference(changes: dict[str, int]) -> None:
     h = tiny(
@@ -430,8 +429,8 @@ def test_optimizer_groups_partition_the_parameters() -> None:
     assert set(names) == {name for name, _ in tiny_model(tiny()).named_parameters()}
 
 
-def test_the_card_has_the_reference_runs_parameter_count() -> None:
-    h = Hyperparameters()
+def test_the_card_in_the_reference_runs_shape_has_its_parameter_count() -> None:
+    h = Hyperparameters(mlp_hidden=1408, num_heads=8, num_kv_heads=4, rope_dims=16)
     counted = sum(math.prod(shape) for shape in parameter_shapes(h).values())
     assert h.parameters() == counted
     assert abs(counted - 25_224_291) < 20_000
