@@ -138,6 +138,8 @@ class Hyperparameters:
     # Export, evaluation and log
     artifact_bytes: int = 16_000_000  # code plus packed weights stay below
     int8_step_ratio: float = 0.7  # step of layers 0 and L-1 against the others'
+    tok_emb_step_ratio: float = 0.0  # the same of the tied table; 0: each row by its own maximum
+    ve_emb_step_ratio: float = 0.0  # of the value embedding
     zstd_level: int = 22  # the highest; packing takes seconds
     eval_stride: int = 64  # new tokens scored per sliding window; 0: plain windows only
     val_batch_size: int = 524_288  # tokens per evaluation batch, over all ranks
@@ -197,10 +199,12 @@ class Hyperparameters:
         return sum(math.prod(shape) for shape in parameter_shapes(self).values())
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "card": {}, "frontier": dict(  # plus what pays but is none of the card's named techniques
+    "card": {},
+    "frontier": dict(  # plus what pays but is none of the card's named techniques
         run_id="frontier", vocab_size=8192, data_path="./data/datasets/fineweb10B_sp8192",
         tokenizer_path="./data/tokenizers/fineweb_8192_bpe.model", mlp_hidden=1536, key_shift=1,
-        gate_dims=12), "smoke": dict(  # the same code at a size that a CPU trains in two minutes
+        gate_dims=12, tok_emb_step_ratio=0.5, ve_emb_step_ratio=2.0),
+    "smoke": dict(  # the same code at a size that a CPU trains in two minutes
         run_id="smoke", data_path="sample", tokenizer_path="", output_dir="./smoke_run",
         num_layers=4, model_dim=128, num_heads=4, num_kv_heads=2, mlp_hidden=352, rope_dims=8,
         xsa_layers=2, ve_dim=32, iterations=300, max_wallclock_seconds=60.0, train_seq_len=256,
@@ -386,6 +390,7 @@ def load_byte_table(tokenizer_path: str, vocab_size: int) -> ByteTable:
 # share one step; the rate is then log2(sigma/step) + 2 bits.  So a row's scale is the common `step`
 # that the byte budget decides, unless weights would leave the code range: then GPTQ-lite clips.
 CLIP_RATIOS = (1.0, 0.92, 0.84, 0.75, 0.6)  # of the row's largest magnitude
+ZSTD_OVERHEAD = 1.013  # bytes over the codes' entropy: what late QAT expects, the exporter measures
 
 class Grid(NamedTuple):
     """How a tensor, seen as N matrices (N, R, C), is rounded."""
@@ -401,7 +406,8 @@ def export_grids(h: Hyperparameters) -> dict[str, Grid]:
     inner, ratio = h.num_layers - 2, h.int8_step_ratio  # layers 0 and L-1 are int8
     bank = Grid((127, *[31] * inner, 127) * 2, (ratio, *[1.0] * inner, ratio) * 2)
     return (dict.fromkeys(("qo_bank", "kv_bank", "mlp_bank"), bank)
-            | dict.fromkeys(("tok_emb", "ve_emb", "ve_proj"), Grid((127,), (0.0,))))
+            | {"tok_emb": Grid((127,), (h.tok_emb_step_ratio,)), "ve_proj": Grid((127,), (0.0,)),
+               "ve_emb": Grid((127,), (h.ve_emb_step_ratio,))})
 
 def matrices(w: Tensor) -> Tensor:
     """A parameter as (N, R, C); a table is one matrix."""
@@ -1076,13 +1082,6 @@ def unpack(artifact: bytes, where: str = "artifact") -> tuple[dict[str, Any], di
         state[entry["name"]] = w.view(shape)
     return header["architecture"], state
 
-def hidden_by_size(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same function with the hidden units of each layer in order of their norms: neighbours in
-    the stream then have like spreads, and zstd's blocks code them 5.6 % shorter."""
-    bank, (up, down) = state["mlp_bank"], state["mlp_bank"].norm(dim=-1).chunk(2)
-    order = (up + down).argsort(stable=True).repeat(2, 1)[..., None]
-    return {**state, "mlp_bank": bank.gather(1, order.expand_as(bank))}
-
 def pack_to_budget(state: Mapping[str, Tensor], h: Hyperparameters, budget: int,
                    log: Callable[[str], None]) -> bytes:
     """The finest artifact of fewer than `budget` bytes, by at most twelve packings: the entropy
@@ -1093,8 +1092,7 @@ def pack_to_budget(state: Mapping[str, Tensor], h: Hyperparameters, budget: int,
     for name, w in state.items():
         if not torch.isfinite(w).all() or (name not in export_grids(h) and w.abs().max() > 65504):
             raise RunError(f"export: {name} is not finite in its format; set lower learning rates")
-    state = hidden_by_size(state)
-    best, overhead, margin = b"", -0.025 * budget, 0.0005
+    best, overhead, margin = b"", (1 - 1 / ZSTD_OVERHEAD) * budget, 0.0005
     for _ in range(12):
         target = budget * (1 - margin) - overhead
         step = fit_step(coded_bytes, target)
@@ -1287,10 +1285,10 @@ class Trainer:
         restore()
         self.average = RunningMean(self.optimizer.masters())
     def weight_bytes(self) -> float:
-        """Entropy of codes that fills the cap; zstd ends 2.5 % below it (`hidden_by_size`)."""
+        """Entropy of codes that fills the cap."""
         floats = sum(2 * p.numel() for name, p in self.model.named_parameters()
                      if name not in self.optimizer.grids)
-        return (self.h.artifact_bytes - SOURCE.stat().st_size - floats) * 1.025
+        return (self.h.artifact_bytes - SOURCE.stat().st_size - floats) / ZSTD_OVERHEAD
 
 class StepQueue:
     """The training clock in seconds, and the steps in flight, at most two ahead of the device: it

@@ -55,7 +55,6 @@ def table(artifact: bytes, trained: Mapping[str, Tensor] | None = None) -> str:
     """Rows by tensor group; `trained` are the float weights that were packed."""
     _, state = tg.unpack(artifact)
     codes, lines = codes_of(artifact), []
-    reference = tg.hidden_by_size(trained) if trained else None
     lines.append(f"{'tensor':12s} {'weights':>10s} {'bits':>6s} {'entropy':>8s} {'bytes':>10s} "
                  f"{'overhead':>9s} {'error':>9s} {'share':>7s}")
     total_entropy = total_codes = 0.0
@@ -68,9 +67,9 @@ def table(artifact: bytes, trained: Mapping[str, Tensor] | None = None) -> str:
             total_entropy, total_codes = total_entropy + bytes_of_entropy, total_codes + coded
             entropy = f"{8 * bytes_of_entropy / w.numel():.3f}"
             overhead = f"{100 * (coded / bytes_of_entropy - 1):+.2f} %"
-        if reference:
-            difference = (w - reference[name].float().cpu()).square().sum()
-            error = f"{float(difference / reference[name].float().square().sum()):.1e}"
+        if trained:
+            difference = (w - trained[name].float().cpu()).square().sum()
+            error = f"{float(difference / trained[name].float().square().sum()):.1e}"
         lines.append(f"{name:12s} {w.numel():10,d} {8 * size / w.numel():6.3f} {entropy:>8s} "
                      f"{size:10,d} {overhead:>9s} {error:>9s} {100 * size / len(artifact):6.2f} %")
     lines.append(f"{len(artifact):,} bytes; all codes: zstd {total_codes:,.0f} bytes, entropy "

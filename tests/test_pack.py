@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import train_gpt
-from train_gpt import RunError, hidden_by_size, pack, pack_to_budget, unpack
+from train_gpt import RunError, pack, pack_to_budget, unpack
 
 H = support.tiny()
 STEP = 0.02
@@ -257,14 +257,13 @@ def test_any_finite_weights_fit_below_any_budget_and_come_back(
     assert len(blob) < budget
     assert blob == packed(weights, budget)
     _, read = unpack(blob)
-    expected = hidden_by_size(weights)
     for name, w in weights.items():
         assert read[name].shape == w.shape and bool(torch.isfinite(read[name]).all()), name
         if name not in train_gpt.export_grids(H):
             assert torch.equal(read[name], w.half().float()), name
             continue
         # A weight that rounds to a code other than zero is at least half of what it becomes.
-        assert bool((read[name].abs() <= 2.0001 * expected[name].abs()).all()), name
+        assert bool((read[name].abs() <= 2.0001 * weights[name].abs()).all()), name
 
 
 @pytest.mark.parametrize("budget", [12_000, 16_000, 20_000])
@@ -276,7 +275,7 @@ def test_a_larger_budget_gives_weights_nearer_to_the_trained_ones() -> None:
     errors = []
     for budget in (9_000, 13_000, 20_000):
         _, read = unpack(packed(state(), budget))
-        trained = hidden_by_size(state())["mlp_bank"]
+        trained = state()["mlp_bank"]
         errors.append(float((read["mlp_bank"] - trained).square().mean()))
     assert errors == sorted(errors, reverse=True)
     assert errors[0] > 3 * errors[-1]
@@ -287,28 +286,11 @@ def test_a_budget_beyond_the_range_of_the_codes_is_left_unused_and_everything_is
     assert len(blob) < 40_000
     _, read = unpack(blob)
     for name in train_gpt.export_grids(H):
-        w = hidden_by_size(state())[name]
+        w = state()[name]
         widest = w.abs().amax(-1, keepdim=True) / 31
         assert bool(((read[name] - w).abs() <= 0.5 * w.abs().amax()).all())
         error = (read[name] - w).square().mean()
         assert float(error) <= float((widest.square() / 12).mean()) * 1.5, name
-
-
-def test_hidden_units_in_order_of_size_are_the_same_units_of_the_same_function() -> None:
-    by_size = hidden_by_size(state())
-    assert list(by_size) == list(state()), "the order of tensors is part of the bytes"
-    norms = [half.norm(dim=-1) for half in by_size["mlp_bank"].chunk(2)]
-    assert bool(((norms[0] + norms[1]).diff(dim=-1) >= 0).all())
-    before, after = (
-        {tuple(row.tolist()) for row in torch.cat((*w["mlp_bank"].chunk(2),), -1).flatten(0, 1)}
-        for w in (state(), by_size))  # a unit: its row up and its row down
-    assert before == after
-    tokens = torch.randint(2, H.vocab_size, (2, H.train_seq_len + 1))
-    losses = [train_gpt.GPT(H, w, train_gpt.Kernels())(tokens[:, :-1], tokens[:, 1:])
-              for w in (state(), by_size)]
-    torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-5)
-    again = hidden_by_size(by_size)
-    assert all(torch.equal(again[name], by_size[name]) for name in again)
 
 
 def test_a_budget_that_nothing_fits_is_refused_with_the_remedy() -> None:

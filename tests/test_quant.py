@@ -253,6 +253,22 @@ def test_the_first_and_last_layer_have_int8_range_and_the_others_int6() -> None:
         assert np.allclose(ratio.flatten().tolist(), g.step_ratio)
 
 
+@pytest.mark.parametrize("ratio", [0.0, 0.5, 2.0])
+def test_tables_have_the_step_that_their_ratio_says(ratio: float) -> None:
+    h = support.tiny(tok_emb_step_ratio=ratio, ve_emb_step_ratio=2 * ratio)
+    grids = train_gpt.export_grids(h)
+    for name, expected in (("tok_emb", ratio), ("ve_emb", 2 * ratio), ("ve_proj", 0.0)):
+        assert grids[name].qmax == (127,) and grids[name].step_ratio == (expected,), name
+    w = support.tiny_weights(h)["ve_emb"][None]
+    step = float(w.abs().max()) / 40  # coarser than any row's own
+    _, scale = quantize(w, torch.tensor(step), *grids["ve_emb"].tensors(w))
+    own = w.abs().amax(-1, keepdim=True) / 127
+    if ratio:
+        assert np.allclose(scale, 2 * ratio * step, rtol=1e-4)
+    else:
+        assert bool((scale <= 1.001 * own).all())
+
+
 # Size
 
 
