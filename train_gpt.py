@@ -23,7 +23,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import copy
-import dataclasses
 import difflib
 import functools
 import hashlib
@@ -39,7 +38,7 @@ import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -70,11 +69,14 @@ SOURCE = Path(__file__).resolve()
 class RunError(Exception):
     """A mistake the user can mend: what, where, expected, found, remedy.  Never a traceback."""
 
+def require(holds: object, message: str) -> None:
+    if not holds:
+        raise RunError(message)
+
 # ---- 2. Hyperparameters -------------------------------------------------------------------------
 RETIRED = dict(  # names of the challenge's baseline that mean nothing here -> what to set instead
-    MLP_MULT="MLP_HIDDEN", TIED_EMBED_LR="EMBED_LR", HEAD_LR="EMBED_LR",
-    MUON_BACKEND_STEPS="MUON_STEPS", WEIGHT_DECAY="DECAY_PER_RUN",
-    TIE_EMBEDDINGS="nothing: they are always tied")
+    MLP_MULT="MLP_HIDDEN", MUON_BACKEND_STEPS="MUON_STEPS", WEIGHT_DECAY="DECAY_PER_RUN",
+    TIED_EMBED_LR="EMBED_LR", HEAD_LR="EMBED_LR", TIE_EMBEDDINGS="nothing: they are always tied")
 
 @dataclass(frozen=True)
 class Hyperparameters:
@@ -147,10 +149,9 @@ class Hyperparameters:
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> Hyperparameters:
         """Preset plus overrides.  A name that looks like one but would be ignored is refused."""
-        kinds = {f.name.upper(): str(f.type) for f in dataclasses.fields(cls)}
+        kinds = {f.name.upper(): str(f.type) for f in fields(cls)}
         preset = env.get("PRESET", "card")
-        if preset not in PRESETS:
-            raise RunError(f"PRESET={preset!r}: unknown; set one of {', '.join(PRESETS)}")
+        require(preset in PRESETS, f"PRESET={preset!r}: unknown; set one of {', '.join(PRESETS)}")
         values = dict(PRESETS[preset])
         for name, text in env.items():
             if name in kinds:
@@ -162,9 +163,8 @@ class Hyperparameters:
         return cls(**values)
     def __post_init__(self) -> None:
         """Raises RunError for the first combination that cannot run."""
-        def require(holds: bool, name: str, remedy: str) -> None:
-            if not holds:
-                raise RunError(f"{name.upper()}={getattr(self, name)!r}: {remedy}")
+        def check(holds: bool, name: str, remedy: str) -> None:
+            require(holds, f"{name.upper()}={getattr(self, name)!r}: {remedy}")
         for low, high, names in (
             (2, math.inf, "vocab_size num_layers"),
             (1, math.inf, "model_dim num_heads num_kv_heads mlp_hidden ve_layers ve_dim iterations "
@@ -174,7 +174,7 @@ class Hyperparameters:
             (0, 1 - 1e-9, "beta1 beta2 muon_momentum muon_momentum_warmup_start"),
             (0, 1, "warmdown_fraction"), (1, 22, "zstd_level")):
             for name in names.split():
-                require(low <= getattr(self, name) <= high, name, f"set it within {low} to {high}")
+                check(low <= getattr(self, name) <= high, name, f"set it within {low} to {high}")
         for name, must, other in (
             ("num_heads", "divide", "model_dim"), ("num_kv_heads", "divide", "num_heads"),
             ("train_seq_len", "divide", "train_batch_tokens"),
@@ -182,13 +182,13 @@ class Hyperparameters:
             ("eval_stride", "not exceed", "train_seq_len"), ("rope_dims", "not exceed", "head_dim"),
             ("xsa_layers", "not exceed", "num_layers"), ("ve_layers", "not exceed", "num_layers")):
             mine, its = getattr(self, name), getattr(self, other)
-            require(its % mine == 0 if must == "divide" else mine <= its, name,
+            check(its % mine == 0 if must == "divide" else mine <= its, name,
                     f"must {must} {other.upper()}={its}")
-        require(self.device in ("auto", "cpu", "cuda"), "device", "set auto, cpu or cuda")
-        require(self.on_interrupt in ("save", "finish"), "on_interrupt", "set save or finish")
-        require(self.rope_dims % 2 == 0, "rope_dims", "must be even")
-        require(not (self.eval_only and self.resume_from), "eval_only", "unset it or RESUME_FROM")
-        require(self.parameters() // 4 < self.artifact_bytes, "artifact_bytes",
+        check(self.device in ("auto", "cpu", "cuda"), "device", "set auto, cpu or cuda")
+        check(self.on_interrupt in ("save", "finish"), "on_interrupt", "set save or finish")
+        check(self.rope_dims % 2 == 0, "rope_dims", "must be even")
+        check(not (self.eval_only and self.resume_from), "eval_only", "unset it or RESUME_FROM")
+        check(self.parameters() // 4 < self.artifact_bytes, "artifact_bytes",
                 f"{self.parameters():,} weights need 2 bits each; raise it or lower MLP_HIDDEN")
     def parameters(self) -> int:
         """Number of trained parameters, from the shapes alone."""
@@ -223,11 +223,10 @@ class Runtime:
         rank, local = int(env.get("RANK", 0)), int(env.get("LOCAL_RANK", 0))
         world, gpus = int(env.get("WORLD_SIZE", 1)), torch.cuda.device_count()
         cuda = gpus > 0 if h.device == "auto" else h.device == "cuda"
-        if h.compile_backend not in ("auto", "none", *torch.compiler.list_backends(())):
-            raise RunError(f"COMPILE_BACKEND={h.compile_backend!r}: set auto, none or inductor")
-        if cuda and local >= gpus:
-            raise RunError(f"LOCAL_RANK={local}: this machine has {gpus} GPUs; lower "
-                           "--nproc_per_node or set DEVICE=cpu")
+        require(h.compile_backend in ("auto", "none", *torch.compiler.list_backends(())),
+                f"COMPILE_BACKEND={h.compile_backend!r}: set auto, none or inductor")
+        require(not cuda or local < gpus, f"LOCAL_RANK={local}: this machine has {gpus} GPUs; "
+                "lower --nproc_per_node or set DEVICE=cpu")
         if cuda:
             torch.cuda.set_device(local)
         if world > 1:
@@ -312,9 +311,8 @@ class BatchPlan:
         self.shards, self.seq_len, self.batch_seqs, self.seed = shards, seq_len, batch_seqs, seed
         self.starts = np.cumsum([0, *(max(0, len(shard) // seq_len - 1) for shard in shards)])
         self.windows_per_epoch, self.epoch = int(self.starts[-1]), -1
-        if self.windows_per_epoch == 0:
-            raise RunError(f"training shards: expected at least one of {2 * seq_len} tokens, found "
-                           f"{max(map(len, shards))}; lower TRAIN_SEQ_LEN or add text")
+        require(self.windows_per_epoch, f"training shards: expected at least one of {2 * seq_len} "
+                f"tokens, found {max(map(len, shards))}; lower TRAIN_SEQ_LEN or add text")
     def window(self, position: int) -> tuple[int, int]:
         """(shard, first token) of the window at `position` of the endless shuffled sequence."""
         epoch, index = divmod(position, self.windows_per_epoch)
@@ -359,11 +357,11 @@ def load_byte_table(tokenizer_path: str, vocab_size: int) -> ByteTable:
     try:
         sp = sentencepiece.SentencePieceProcessor(model_file=str(Path(tokenizer_path)))
     except (RuntimeError, OSError):
-        fault = "not a SentencePiece model" if Path(tokenizer_path).is_file() else "no such file"
-        raise RunError(f"TOKENIZER_PATH={tokenizer_path}: {fault}; {GET_DATA}") from None
-    if sp.vocab_size() != vocab_size:
-        raise RunError(f"TOKENIZER_PATH={tokenizer_path}: expected VOCAB_SIZE={vocab_size} pieces, "
-                       f"found {sp.vocab_size()}; set both to the same vocabulary")
+        raise RunError(f"TOKENIZER_PATH={tokenizer_path}: missing or not a SentencePiece model; "
+                       f"{GET_DATA}") from None
+    require(sp.vocab_size() == vocab_size,
+            f"TOKENIZER_PATH={tokenizer_path}: expected VOCAB_SIZE={vocab_size} pieces, found "
+            f"{sp.vocab_size()}; set both to the same vocabulary")
     ids = list(range(vocab_size))
     boundary = np.any([sp.is_control(ids), sp.is_unknown(ids), sp.is_unused(ids)], axis=0)
     pieces = sp.id_to_piece(ids)
@@ -1102,8 +1100,7 @@ class Evaluator:
     all, so that T - stride tokens precede a target if there are so many.  Sums are float64."""
     def __init__(self, h: Hyperparameters, runtime: Runtime, tokens: np.ndarray, table: ByteTable):
         self.h, self.runtime, self.targets = h, runtime, len(tokens) - 1
-        if self.targets < 1:
-            raise RunError("validation split: expected at least 2 tokens; build it again")
+        require(self.targets > 0, "validation split: expected at least 2 tokens; build it again")
         official = self.targets // 2048 * 2048 == FINEWEB_VAL_TOKENS.get(h.vocab_size)  # no tail
         self.dataset = ("sample" if "sample" in Path(h.data_path).name else
                         f"fineweb10B_sp{h.vocab_size}" if official else "proxy")
@@ -1165,10 +1162,9 @@ class Evaluator:
 def batch_layout(h: Hyperparameters, world_size: int) -> tuple[int, int, int]:
     """(sequences a step, sequences a rank, micro-batches a rank).  Raises RunError if uneven."""
     sequences = h.train_batch_tokens // h.train_seq_len
-    if sequences % world_size:
-        raise RunError(f"TRAIN_BATCH_TOKENS={h.train_batch_tokens}: {sequences} sequences do not "
-                       f"divide over {world_size} ranks; set a multiple of {h.train_seq_len} x "
-                       f"{world_size} or change --nproc_per_node")
+    require(sequences % world_size == 0, f"TRAIN_BATCH_TOKENS={h.train_batch_tokens}: {sequences} "
+            f"sequences do not divide over {world_size} ranks; set a multiple of "
+            f"{h.train_seq_len} x {world_size} or change --nproc_per_node")
     local, most = sequences // world_size, h.micro_batch_tokens // h.train_seq_len
     micro = next(n for n in range(1, local + 1) if local % n == 0 and local // n <= most)
     return sequences, local, micro
@@ -1382,9 +1378,9 @@ def submission(evaluator: Evaluator, hardware: str, scores: Mapping[str, Score],
 def checked_state(h: Hyperparameters, architecture: Mapping[str, Any], where: str) -> None:
     """Raises RunError if an artifact or checkpoint is of another architecture than `h`."""
     for name in ARCHITECTURE:
-        if (found := architecture.get(name)) != (expected := getattr(h, name)):
-            raise RunError(f"{where}: holds {name}={found}, expected {expected}; set "
-                           f"{name.upper()}={found}")
+        found, expected = architecture.get(name), getattr(h, name)
+        require(found == expected, f"{where}: holds {name}={found}, expected {expected}; set "
+                f"{name.upper()}={found}")
 
 def read_file(path: str | Path, variable: str, runtime: Runtime) -> bytes:
     """Read by rank 0 for all ranks: other nodes need no copy."""
@@ -1423,21 +1419,21 @@ def with_sample(h: Hyperparameters) -> Hyperparameters:
     if h.data_path == "sample":
         from prepare_data import build_sample
         data, tokenizer = build_sample(SOURCE.parent / "data", h.vocab_size)
-        h = dataclasses.replace(h, data_path=str(data), tokenizer_path=str(tokenizer))
+        h = replace(h, data_path=str(data), tokenizer_path=str(tokenizer))
     return h
 
 def run(h: Hyperparameters, runtime: Runtime) -> None:
     """The stages: data -> train -> save -> pack -> score what is on disk -> report."""
     batch_layout(h, runtime.world_size)  # refuses what does not divide
-    if h.eval_dump and runtime.rank == 0 and not Path(h.eval_dump).absolute().parent.is_dir():
-        raise RunError(f"EVAL_DUMP={h.eval_dump}: expected a file in a folder that exists; make it")
+    require(not h.eval_dump or runtime.rank or Path(h.eval_dump).absolute().parent.is_dir(),
+            f"EVAL_DUMP={h.eval_dump}: expected a file in a folder that exists; make it")
     tokens, out = np.concatenate(open_split(h.data_path, "val")), Path(h.output_dir)
     check_vocabulary(tokens, h.vocab_size, f"{h.data_path}/fineweb_val_*.bin")
     evaluator = Evaluator(h, runtime, tokens, load_byte_table(h.tokenizer_path, h.vocab_size))
     # Opened only now, so that a run which cannot start leaves the last one's log alone.
     kind = "eval" if h.eval_only else "resume" if h.resume_from else "train"
     log = RunLog(out / f"{kind}.partial.log" if runtime.rank == 0 else None)
-    environment, settings = environment_facts(runtime), json.dumps(dataclasses.asdict(h), indent=1)
+    environment, settings = environment_facts(runtime), json.dumps(asdict(h), indent=1)
     log(f"{SOURCE.read_text()}\n{'=' * 80}\n{settings}", quiet=True)
     dataset = f"dataset:{evaluator.dataset}"
     log(f"{json.dumps(environment)}\n{dataset} val_tokens:{evaluator.targets} "
