@@ -42,9 +42,12 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
+
+if torch.__version__ < (2, 11):  # type: ignore[operator]  # it may lack what is imported next
+    sys.exit(f"error: torch is {torch.__version__}, expected 2.11 to 2.13: see requirements.txt")
 import numpy as np
 import sentencepiece
-import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import zstandard
@@ -63,12 +66,12 @@ SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 256 * 4
 BOS_ID, SPACE = 1, "\u2581"  # start of every document; SentencePiece's mark of a leading space
 ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGOLFGPT", 1
 FINEWEB_VAL_TOKENS = {1024: 62_021_632}  # scored tokens of the published split, by vocabulary
+H100_FLOPS = 989e12  # per second in dense bfloat16, from NVIDIA's data sheet of the H100 SXM
 GET_DATA = "fetch or build it with `python prepare_data.py fineweb`, or set DATA_PATH=sample"
 SOURCE = Path(__file__).resolve()
 
 class RunError(Exception):
     """A mistake the user can mend: what, where, expected, found, remedy.  Never a traceback."""
-
 def require(holds: object, message: str) -> None:
     if not holds:
         raise RunError(message)
@@ -93,8 +96,6 @@ class Hyperparameters:
     eval_only: str = ""  # path of an artifact to score; nothing is trained
     resume_from: str = ""  # path of saved float weights to pack and score; nothing is trained
     on_interrupt: str = "save"  # SIGTERM or Ctrl-C in training: save and end, or finish the run
-    author: str = "Parameter Golf maintainers"  # for submission.json
-    github_id: str = ""  # account that submits
     # Model: 25.2M parameters, which 16 MB hold at 5 bits a weight
     vocab_size: int = 1024  # of the tokenizer; embeddings are tied
     num_layers: int = 11  # 5 encode, 6 decode: U-Net skips join them
@@ -225,8 +226,8 @@ class Runtime:
         cuda = gpus > 0 if h.device == "auto" else h.device == "cuda"
         require(h.compile_backend in ("auto", "none", *torch.compiler.list_backends(())),
                 f"COMPILE_BACKEND={h.compile_backend!r}: set auto, none or inductor")
-        require(not cuda or local < gpus, f"LOCAL_RANK={local}: this machine has {gpus} GPUs; "
-                "lower --nproc_per_node or set DEVICE=cpu")
+        require(not cuda or local < gpus, f"DEVICE={h.device}, LOCAL_RANK={local}: found {gpus} "
+                "GPUs; lower --nproc_per_node or set DEVICE=cpu")
         if cuda:
             torch.cuda.set_device(local)
         if world > 1:
@@ -257,7 +258,8 @@ class Runtime:
 class RunLog:
     """Lines to the terminal and to a file, by rank 0 alone; the file alone reproduces the run."""
     def __init__(self, path: Path | None):
-        self.path = path
+        self.path, self.tenth = path, -1
+        self.terminal = path is not None and sys.stdout.isatty()
         if path:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("")
@@ -266,7 +268,14 @@ class RunLog:
             with self.path.open("a") as file:
                 file.write(line + "\n")
             if not quiet:
-                print(line, flush=True)
+                print("\033[K" * self.terminal + line, flush=True)  # clears what progress left
+    def progress(self, line: str, share: float = 0.0) -> None:
+        """On a terminal a line that the next one overwrites, elsewhere one each tenth of it all."""
+        if self.terminal:
+            print(f"\033[K{line}", end="\r", flush=True)
+        elif int(10 * share) != self.tenth:
+            self(line)
+        self.tenth = int(10 * share)
 
 def write_atomic(path: Path, content: bytes) -> None:
     """Either the whole new file or the old one: temporary file, fsync, rename."""
@@ -292,13 +301,11 @@ def read_shard(path: Path) -> np.ndarray:
         raise RunError(f"{path}: expected {expected} bytes of magic {SHARD_MAGIC}, version "
                        f"{SHARD_VERSION}, found {len(pages)} of {[magic, version]}; {GET_DATA}")
     return np.frombuffer(pages, dtype="<u2", offset=SHARD_HEADER_BYTES)
-
 def open_split(data_path: str, split: str) -> list[np.ndarray]:
     """All shards of `split` (train or val), in name order."""
     if paths := sorted(Path(data_path).glob(f"fineweb_{split}_*.bin")):
         return [read_shard(path) for path in paths]
     raise RunError(f"DATA_PATH={data_path}: found no fineweb_{split}_*.bin; {GET_DATA}")
-
 def check_vocabulary(tokens: np.ndarray, vocab_size: int, where: str) -> None:
     if tokens.size and int(tokens.max()) >= vocab_size:
         raise RunError(f"{where}: token id {int(tokens.max())} found, expected less than "
@@ -351,7 +358,6 @@ class ByteTable(NamedTuple):
         counts = np.bincount(tokens[1:], minlength=len(self.base))
         no_space = self.leading_space[tokens[1:][self.boundary[tokens[:-1]]]].sum()
         return int(counts @ (self.base + self.leading_space) - no_space)
-
 def load_byte_table(tokenizer_path: str, vocab_size: int) -> ByteTable:
     """From a SentencePiece model.  Raises RunError if missing or of another vocabulary."""
     try:
@@ -1082,18 +1088,6 @@ class Score:
     def __str__(self) -> str:
         return f"val_loss:{self.loss:.8f} val_bpb:{self.bpb:.8f} eval_time:{self.seconds:.1f}s"
 
-def show_progress(log: RunLog, share: float, began: float, shown: float) -> float:
-    """Tells of an evaluation of over 10 s, at each tenth in a log; returns the share last told."""
-    seconds = time.perf_counter() - began
-    line = f"eval:{share:.0%} seconds:{seconds:.0f} left:{seconds / share - seconds:.0f}"
-    if not log.path or seconds <= max(2, 10 * share) or share < shown + 0.1:
-        return shown
-    if sys.stdout.isatty():
-        print(line, end="\r", flush=True)  # the score's line is longer and covers it
-        return shown
-    log(line)
-    return share
-
 class Evaluator:
     """Scores every token after the first exactly once, from its past only.  Plain windows do not
     overlap.  Sliding windows start `stride` apart and score their last `stride` targets, the first
@@ -1122,15 +1116,14 @@ class Evaluator:
             hidden = self.hidden(model, window[:, :-1])[:, -scored:]
             return position[:, -scored:], self.losses(model, hidden, window[:, -scored:])
         except torch.cuda.OutOfMemoryError:
-            if self.rows == 1:
-                raise RunError(f"evaluation: one window of TRAIN_SEQ_LEN={T} needs more GPU memory "
-                               "than is free; free some, set EVAL_ONLY or RESUME_FROM") from None
+            require(self.rows > 1, f"evaluation: one window of TRAIN_SEQ_LEN={T} needs more GPU "
+                    "memory than is free; free some, set EVAL_ONLY or RESUME_FROM")
             self.rows //= 2
         return self.last_losses(model, starts, scored)  # here the exception holds no tensors
     @torch.no_grad()
     def score(self, model: GPT, stride: int = 0, log: RunLog | None = None) -> Score:
         """Plain (stride 0) or sliding windows over the whole split; with `log`, tells how far."""
-        began, shown, T, end = time.perf_counter(), -1.0, self.h.train_seq_len, self.targets
+        began, T, end = time.perf_counter(), self.h.train_seq_len, self.targets
         # Going on past the end of a range gives windows that score nothing: they fill a batch.
         groups = [(range(0, end, T), T)] if stride in (0, T) else [
             (range(0, end, end), T), (range(stride, max(end - T, 0) + stride, stride), stride)]
@@ -1143,8 +1136,11 @@ class Evaluator:
                 nats[position.clamp(max=end + 1)] = losses.double()
                 nats[0] += (position <= end).sum()
                 left = left[len(losses) :]
-                if log and len(mine) > 1:  # not for the first sliding window, a group by itself
-                    shown = show_progress(log, 1 - len(left) / len(mine), began, shown)
+                spent, share = time.perf_counter() - began, 1 - len(left) / len(mine)
+                # Not for the first sliding window, a group by itself, nor in all of 10 s.
+                if log and len(mine) > 1 and spent > max(2, 10 * share):
+                    log.progress(f"eval:{share:.0%} seconds:{spent:.0f} "
+                                 f"left:{spent / share - spent:.0f}", share)
         nats = self.runtime.sum(nats)
         assert int(nats[0]) == end, f"scored {nats[0]} tokens, expected {end}"
         if log and self.h.eval_dump:
@@ -1251,8 +1247,11 @@ class Trainer:
 class StepQueue:
     """The training clock in seconds, and the steps in flight, at most two ahead of the device: it
     never waits for Python, and what is read here is of finished steps, so reading is free."""
-    def __init__(self, h: Hyperparameters, log: RunLog, device: torch.device):
-        self.h, self.log, self.device, self.last_loss = h, log, device, math.nan
+    def __init__(self, evaluator: Evaluator, log: RunLog):
+        self.h, self.log, self.device = evaluator.h, log, evaluator.runtime.device
+        self.world_size, self.pace = evaluator.runtime.world_size, 0.0  # seconds a step, recently
+        self.bpb_per_nat = evaluator.targets / evaluator.text_bytes / math.log(2)
+        self.fault, self.losses = "", collections.deque[float](maxlen=5)  # the last finite ones
         self.total, self.began = 0.0, math.inf  # not begun
         self.flights = collections.deque[tuple[int, Tensor, Any]]()  # step, host loss, end event
         self.ends = collections.deque[float](maxlen=17)  # clock at the latest ends
@@ -1274,23 +1273,35 @@ class StepQueue:
         self.flights.append((step, loss, done))
         self.land(in_flight=2 if done else 0)
     def land(self, in_flight: int = 0) -> None:
-        """Waits until at most so many steps are queued; RunError if a loss is not finite."""
+        """Waits until at most so many steps are queued; a loss that is not finite is a fault."""
         while len(self.flights) > in_flight:
             step, on_host, done = self.flights.popleft()
             if done:
                 done.synchronize()
             loss = float(on_host)
             self.ends.append(self.elapsed())
+            self.pace = (self.ends[-1] - self.ends[0]) / max(1, len(self.ends) - 1)
             if not math.isfinite(loss):
-                raise RunError(f"step {step}: the loss is {loss} (last finite: {self.last_loss:.4f}"
-                               "); lower MATRIX_LR, EMBED_LR or SCALAR_LR")
-            self.last_loss = loss
+                before = ", ".join(f"{value:.4f}" for value in self.losses)
+                self.fault = self.fault or f"step {step}: the loss is {loss} (before: {before})"
+                continue
+            self.losses.append(loss)
             if step <= 10 or step % self.h.train_log_every == 0:
                 self.report(step, f"train_loss:{loss:.4f}", self.ends[-1])
+            elif self.log.terminal and int(self.ends[-1]) > int(self.ends[-2]):  # each second
+                self.log.progress(self.status(step, loss))
     def projected(self, more: int) -> float:
         """Clock at which the device will have finished what is queued and `more` steps."""
-        recent = (self.ends[-1] - self.ends[0]) / (len(self.ends) - 1) if len(self.ends) > 1 else 0
-        return self.elapsed() + (len(self.flights) + more) * recent
+        return self.elapsed() + (len(self.flights) + more) * self.pace
+    def status(self, step: int, loss: float) -> str:
+        """For a terminal; bpb as if training tokens stood for as many bytes as validation's."""
+        h, rate, cuda = self.h, self.h.train_batch_tokens / self.pace, self.device.type == "cuda"
+        left = self.ends[-1] / progress_of(h, step, self.ends[-1]) - self.ends[-1]
+        # A token takes 6 operations a weight, and attention's causal half.
+        flops = 6 * rate * (h.parameters() + h.num_layers * h.train_seq_len * h.model_dim)
+        mfu = f"MFU:{flops / H100_FLOPS / self.world_size:.0%} " if cuda else ""
+        return (f"step:{step}/{h.iterations} loss:{loss:.4f} bpb:{loss * self.bpb_per_nat:.3f} "
+                f"{self.pace * 1e3:.1f}ms {rate:,.0f} tokens/s {mfu}left:{left:.0f}s")
     def report(self, step: int, what: str, clock: float) -> None:  # as the challenge prints it
         self.log(f"step:{step}/{self.h.iterations} {what} train_time:{clock * 1e3:.0f}ms "
                  f"step_avg:{clock * 1e3 / step:.2f}ms")
@@ -1305,13 +1316,13 @@ def train(h: Hyperparameters, runtime: Runtime, log: RunLog, evaluator: Evaluato
     first = runtime.rank * trainer.local
     loader = prefetch(plan, range(first, first + trainer.local), h.vocab_size, runtime.device)
     optimizer, average, step, qat_steps, progress = trainer.optimizer, trainer.average, 0, 0, 0.0
-    queue = StepQueue(h, log, runtime.device)
+    queue = StepQueue(evaluator, log)
     signals: list[int] = []  # that came while training
     handlers = {number: signal.signal(number, lambda number, _: signals.append(number))
                 for number in (signal.SIGINT, signal.SIGTERM)}
     runtime.agree_on(None)  # all ranks are ready
     queue.start()
-    while step < h.iterations:
+    while step < h.iterations and not queue.fault:
         # Rank 0's clock is everybody's; the second step ahead is margin.
         ends, elapsed, stop = runtime.agree_on((queue.projected(2), queue.elapsed(), len(signals)))
         if step and (stop or 0 < h.max_wallclock_seconds < ends):
@@ -1331,21 +1342,27 @@ def train(h: Hyperparameters, runtime: Runtime, log: RunLog, evaluator: Evaluato
             qat_steps += 1
         loss = trainer.train_step(next(loader), lr * min(1.0, step / (h.lr_warmup_steps or 1)),
                                   h.decay_per_run * (progress - before))
-        if lr < h.swa_threshold:
+        if lr < h.swa_threshold or step % h.train_log_every == 0:  # the latter in case of a fault
             average.update(optimizer.masters())
+        average.count *= lr < h.swa_threshold
         queue.push(step, loss)
     queue.stop()
     loader.close()
     for number, handler in handlers.items():
         signal.signal(number, handler)
-    facts = {"step_stop": step, "wallclock_seconds": round(queue.total, 3),
-             "step_avg_ms": round(queue.total * 1e3 / step, 3), "final_train_loss": queue.last_loss,
-             "qat_steps": qat_steps, "swa_steps": average.count, "interrupted": bool(stop),
-             "graphs_compiled_on_clock": stats["unique_graphs"] - graphs}
+    facts = dict[str, Any](
+        step_stop=step, wallclock_seconds=round(queue.total, 3), seed=h.seed, qat_steps=qat_steps,
+        step_avg_ms=round(queue.total * 1e3 / step, 3), swa_steps=average.count,
+        train_shards=len(plan.shards), train_tokens=sum(map(len, plan.shards)),
+        final_train_loss=queue.losses[-1] if queue.losses else None, interrupted=bool(stop),
+        graphs_compiled_on_clock=stats["unique_graphs"] - graphs,
+        **{"fault": queue.fault} if queue.fault else {})
     log("training " + " ".join(f"{k}:{v}" for k, v in facts.items()))
-    trained = optimizer.gather(optimizer.masters())
-    averaged = optimizer.gather(average.mean) if average.count else trained
-    return {"trained": trained, "averaged": averaged}, facts
+    trained, mean = map(optimizer.gather, (optimizer.masters(), average.mean))
+    if queue.fault:  # what was averaged or copied last, if a step's weights are in it and finite
+        finite = step > h.train_log_every and all(w.isfinite().all() for w in mean.values())
+        return {"averaged": mean} if finite else {}, facts
+    return {"trained": trained, "averaged": mean if average.count else trained}, facts
 
 # ---- 13. Report and main ------------------------------------------------------------------------
 def environment_facts(runtime: Runtime) -> dict[str, Any]:
@@ -1356,32 +1373,12 @@ def environment_facts(runtime: Runtime) -> dict[str, Any]:
             "python": sys.version.split()[0], **{m.__name__: m.__version__ for m in modules},
             "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version() if cuda else None}
 
-def submission(evaluator: Evaluator, hardware: str, scores: Mapping[str, Score],
-               facts: Mapping[str, Any], size: int) -> dict[str, Any]:
-    """The content of submission.json; `size` is the artifact's, without the code."""
-    h, plain, best = evaluator.h, scores["packed"], scores.get("sliding", scores["packed"])
-    code = SOURCE.stat().st_size
-    result = {"val_loss": best.loss, "val_bpb": best.bpb, "val_bpb_roundtrip": plain.bpb}
-    return {
-        "author": h.author, "github_id": h.github_id, "name": h.run_id,
-        "blurb": f"{h.num_layers}L x {h.model_dim}, XSA, VE, SmearGate, Muon, SWA, late QAT, int6",
-        "date": time.strftime("%Y-%m-%d"), "track": "10min_16mb", "dataset": evaluator.dataset,
-        "hardware": hardware, "pytorch_version": torch.__version__, "model_params": h.parameters(),
-        **result, **{f"{s}_val_bpb": scores[s].bpb for s in ("trained", "averaged") if s in scores},
-        "eval_stride": h.eval_stride, "val_tokens": plain.tokens,
-        "bytes_total": code + size, "bytes_code": code, "bytes_model_int6_zstd": size, **facts,
-        "eval_time_seconds": round(sum(s.seconds for s in scores.values()), 3),
-        "seeds": [h.seed], "seed_results": {str(h.seed): {
-            **result, "artifact_bytes": code + size, "steps": facts.get("step_stop"),
-            "step_avg_ms": facts.get("step_avg_ms")}}}
-
 def checked_state(h: Hyperparameters, architecture: Mapping[str, Any], where: str) -> None:
     """Raises RunError if an artifact or checkpoint is of another architecture than `h`."""
     for name in ARCHITECTURE:
         found, expected = architecture.get(name), getattr(h, name)
         require(found == expected, f"{where}: holds {name}={found}, expected {expected}; set "
                 f"{name.upper()}={found}")
-
 def read_file(path: str | Path, variable: str, runtime: Runtime) -> bytes:
     """Read by rank 0 for all ranks: other nodes need no copy."""
     try:
@@ -1406,10 +1403,13 @@ def obtain_weights(h: Hyperparameters, runtime: Runtime, log: RunLog, evaluator:
                      h.train_batch_tokens // h.train_seq_len, h.seed)
     stages, facts = train(h, runtime, log, evaluator, Trainer(h, runtime, kernels), plan)
     path = Path(h.output_dir) / "final_model.partial.pt"
-    if runtime.rank == 0:
+    if runtime.rank == 0 and stages:
         torch.save({"architecture": {n: getattr(h, n) for n in ARCHITECTURE}, "facts": facts,
                     "stages": stages}, content := io.BytesIO())
         write_atomic(path, content.getvalue())
+    if fault := facts.get("fault"):
+        kept = f"RESUME_FROM={path} scores earlier weights" if stages else "no finite weights left"
+        raise RunError(f"{fault}; lower MATRIX_LR, EMBED_LR or SCALAR_LR; {kept}")
     if facts["interrupted"] and h.on_interrupt == "save":
         raise RunError(f"interrupted at step {facts['step_stop']}: RESUME_FROM={path} scores it")
     return stages, facts
@@ -1431,12 +1431,11 @@ def run(h: Hyperparameters, runtime: Runtime) -> None:
     check_vocabulary(tokens, h.vocab_size, f"{h.data_path}/fineweb_val_*.bin")
     evaluator = Evaluator(h, runtime, tokens, load_byte_table(h.tokenizer_path, h.vocab_size))
     # Opened only now, so that a run which cannot start leaves the last one's log alone.
-    kind = "eval" if h.eval_only else "resume" if h.resume_from else "train"
+    kind = "eval" if h.eval_only else "resume" if h.resume_from else f"train_seed{h.seed}"
     log = RunLog(out / f"{kind}.partial.log" if runtime.rank == 0 else None)
     environment, settings = environment_facts(runtime), json.dumps(asdict(h), indent=1)
     log(f"{SOURCE.read_text()}\n{'=' * 80}\n{settings}", quiet=True)
-    dataset = f"dataset:{evaluator.dataset}"
-    log(f"{json.dumps(environment)}\n{dataset} val_tokens:{evaluator.targets} "
+    log(f"{json.dumps(environment)}\ndataset:{evaluator.dataset} val_tokens:{evaluator.targets} "
         f"val_bytes:{evaluator.text_bytes} model_params:{h.parameters()} "
         f"world_size:{runtime.world_size} seed:{h.seed}")
     kernels, scores, facts = choose_kernels(h, runtime, log), dict[str, Score](), dict[str, Any]()
@@ -1463,12 +1462,18 @@ def run(h: Hyperparameters, runtime: Runtime) -> None:
     if h.eval_dump and runtime.rank == 0:
         np.savez(archive := io.BytesIO(), **evaluator.dump)  # type: ignore[arg-type]
         write_atomic(Path(h.eval_dump), archive.getvalue())
-    report = submission(evaluator, environment["hardware"], scores, facts, len(content))
-    if runtime.rank == 0 and not h.eval_only:
-        write_atomic(out / "submission.json", (json.dumps(report, indent=2) + "\n").encode())
     log(f"peak_gpu_memory:{torch.cuda.max_memory_reserved() / 2**30:.2f}GiB")
-    log(f"val_bpb:{report['val_bpb']:.8f} {dataset} bytes_total:{report['bytes_total']} "
-        f"(code {report['bytes_code']} + model {len(content)}, cap {h.artifact_bytes})")
+    if log.path and not h.eval_only:
+        with contextlib.suppress(ModuleNotFoundError):  # this file alone trains and scores as well
+            from record import add_result  # writes submission.json for all seeds of the folder
+            add_result(out, log, settings=asdict(h), environment=environment, training=facts,
+                       dataset=evaluator.dataset, model_params=h.parameters(),
+                       bytes_model=len(content), scores={n: asdict(s) for n, s in scores.items()})
+    code, size, best = SOURCE.stat().st_size, len(content), scores.get("sliding", scores["packed"])
+    log(f"val_bpb:{best.bpb:.8f} dataset:{evaluator.dataset} bytes_total:{code + size} "
+        f"(code {code} + model {size}, cap {h.artifact_bytes})")
+    if log.path and log.path.name.startswith("train"):
+        write_atomic(out / "train.log", log.path.read_bytes())
     for path in filter(None, partial if runtime.rank == 0 else ()):  # now it may replace older ones
         os.replace(path, path.with_name(path.name.replace(".partial", "")))
 
