@@ -142,7 +142,9 @@ def add_result(folder: Path, log: Log, **result: Any) -> None:
     code = Path(__file__).with_name("train_gpt.py").read_bytes()
     result |= {"code_sha256": hashlib.sha256(code).hexdigest(), "bytes_code": len(code),
                "time": time.time()}
-    write_atomic(folder / f"result_seed{result['training']['seed']}.json", json.dumps(result))
+    # The seed is that of the training, whatever SEED is set to where RESUME_FROM goes on with it.
+    seed = result["training"].setdefault("seed", result["settings"]["seed"])
+    write_atomic(folder / f"result_seed{seed}.json", json.dumps(result))
     write_atomic(folder / "submission.json", submission(folder, os.environ, log))
 
 

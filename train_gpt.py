@@ -257,18 +257,17 @@ class Runtime:
 
 class RunLog:
     """Lines to the terminal and to a file, by rank 0 alone; the file alone reproduces the run."""
-    def __init__(self, path: Path | None):
+    def __init__(self, path: Path | None, head: str = ""):
         self.path, self.tenth = path, -1
         self.terminal = path is not None and sys.stdout.isatty()
         if path:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("")
-    def __call__(self, line: str, *, quiet: bool = False) -> None:
+            path.write_text(head)
+    def __call__(self, line: str) -> None:
         if self.path:
             with self.path.open("a") as file:
                 file.write(line + "\n")
-            if not quiet:
-                print("\033[K" * self.terminal + line, flush=True)  # clears what progress left
+            print("\033[K" * self.terminal + line, flush=True)  # clears what progress left
     def progress(self, line: str, share: float = 0.0) -> None:
         """On a terminal a line that the next one overwrites, elsewhere one each tenth of it all."""
         if self.terminal:
@@ -1432,9 +1431,9 @@ def run(h: Hyperparameters, runtime: Runtime) -> None:
     evaluator = Evaluator(h, runtime, tokens, load_byte_table(h.tokenizer_path, h.vocab_size))
     # Opened only now, so that a run which cannot start leaves the last one's log alone.
     kind = "eval" if h.eval_only else "resume" if h.resume_from else f"train_seed{h.seed}"
-    log = RunLog(out / f"{kind}.partial.log" if runtime.rank == 0 else None)
-    environment, settings = environment_facts(runtime), json.dumps(asdict(h), indent=1)
-    log(f"{SOURCE.read_text()}\n{'=' * 80}\n{settings}", quiet=True)
+    log = RunLog(out / f"{kind}.partial.log" if runtime.rank == 0 else None,
+                 f"{SOURCE.read_text()}\n{'=' * 80}\n{json.dumps(asdict(h), indent=1)}\n")
+    environment = environment_facts(runtime)
     log(f"{json.dumps(environment)}\ndataset:{evaluator.dataset} val_tokens:{evaluator.targets} "
         f"val_bytes:{evaluator.text_bytes} model_params:{h.parameters()} "
         f"world_size:{runtime.world_size} seed:{h.seed}")
