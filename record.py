@@ -10,6 +10,7 @@ nats at p < 0.01.  AUTHOR, GITHUB_ID and BLURB fill the fields of that name.  Ne
 """
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -137,11 +138,16 @@ def write_atomic(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def add_result(folder: Path, log: Log, **result: Any) -> None:
+def add_result(folder: Path, log: Log, evaluator: Any, environment: dict[str, Any],  # noqa: PLR0913
+               training: dict[str, Any], scores: Mapping[str, Any], bytes_model: int) -> None:
     """Keeps the result of a run that has just been scored and writes submission.json anew."""
     code = Path(__file__).with_name("train_gpt.py").read_bytes()
-    result |= {"code_sha256": hashlib.sha256(code).hexdigest(), "bytes_code": len(code),
-               "time": time.time()}
+    result: Result = {
+        "settings": dataclasses.asdict(evaluator.h), "dataset": evaluator.dataset,
+        "model_params": evaluator.h.parameters(), "environment": environment,
+        "training": training, "code_sha256": hashlib.sha256(code).hexdigest(),
+        "bytes_code": len(code), "bytes_model": bytes_model, "time": time.time(),
+        "scores": {stage: dataclasses.asdict(score) for stage, score in scores.items()}}
     # The seed is that of the training, whatever SEED is set to where RESUME_FROM goes on with it.
     seed = result["training"].setdefault("seed", result["settings"]["seed"])
     write_atomic(folder / f"result_seed{seed}.json", json.dumps(result))

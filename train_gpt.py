@@ -38,7 +38,7 @@ import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -66,7 +66,6 @@ SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 256 * 4
 BOS_ID, SPACE = 1, "\u2581"  # start of every document; SentencePiece's mark of a leading space
 ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGOLFGPT", 1
 FINEWEB_VAL_TOKENS = {1024: 62_021_632}  # scored tokens of the published split, by vocabulary
-H100_FLOPS = 989e12  # per second in dense bfloat16, from NVIDIA's data sheet of the H100 SXM
 GET_DATA = "fetch or build it with `python prepare_data.py fineweb`, or set DATA_PATH=sample"
 SOURCE = Path(__file__).resolve()
 
@@ -364,9 +363,8 @@ def load_byte_table(tokenizer_path: str, vocab_size: int) -> ByteTable:
     except (RuntimeError, OSError):
         raise RunError(f"TOKENIZER_PATH={tokenizer_path}: missing or not a SentencePiece model; "
                        f"{GET_DATA}") from None
-    require(sp.vocab_size() == vocab_size,
-            f"TOKENIZER_PATH={tokenizer_path}: expected VOCAB_SIZE={vocab_size} pieces, found "
-            f"{sp.vocab_size()}; set both to the same vocabulary")
+    require(sp.vocab_size() == vocab_size, f"TOKENIZER_PATH={tokenizer_path}: expected VOCAB_SIZE="
+            f"{vocab_size} pieces, found {sp.vocab_size()}; set both to the same vocabulary")
     ids = list(range(vocab_size))
     boundary = np.any([sp.is_control(ids), sp.is_unknown(ids), sp.is_unused(ids)], axis=0)
     pieces = sp.id_to_piece(ids)
@@ -1105,8 +1103,7 @@ class Evaluator:
         self.hidden, self.losses = (runtime.compile(function, deterministic=True)
                                     for function in (GPT.final_hidden, GPT.losses))
     def last_losses(self, model: GPT, starts: range, scored: int) -> tuple[Tensor, Tensor]:
-        """Positions in the split of the last `scored` targets of the windows that come next, and
-        their losses (B, scored); B is `rows`, which halves where memory runs out."""
+        """Positions and losses (B, scored) of the last targets of the next B = `rows` windows."""
         device, T = self.tokens.device, self.h.train_seq_len
         first = starts.start + starts.step * torch.arange(self.rows, device=device)
         position = first[:, None] + torch.arange(T + 1, device=device)
@@ -1247,11 +1244,10 @@ class StepQueue:
     """The training clock in seconds, and the steps in flight, at most two ahead of the device: it
     never waits for Python, and what is read here is of finished steps, so reading is free."""
     def __init__(self, evaluator: Evaluator, log: RunLog):
-        self.h, self.log, self.device = evaluator.h, log, evaluator.runtime.device
-        self.world_size, self.pace = evaluator.runtime.world_size, 0.0  # seconds a step, recently
+        self.h, self.log, self.runtime = evaluator.h, log, evaluator.runtime
         self.bpb_per_nat = evaluator.targets / evaluator.text_bytes / math.log(2)
         self.fault, self.losses = "", collections.deque[float](maxlen=5)  # the last finite ones
-        self.total, self.began = 0.0, math.inf  # not begun
+        self.total, self.began, self.pace = 0.0, math.inf, 0.0  # not begun; seconds a step
         self.flights = collections.deque[tuple[int, Tensor, Any]]()  # step, host loss, end event
         self.ends = collections.deque[float](maxlen=17)  # clock at the latest ends
     def start(self) -> None:
@@ -1259,13 +1255,13 @@ class StepQueue:
         self.began = time.perf_counter()
     def stop(self) -> None:  # when the device has done everything
         self.land()
-        if self.device.type == "cuda":
+        if self.runtime.device.type == "cuda":
             torch.cuda.synchronize()
         self.total, self.began = self.elapsed(), math.inf
     def elapsed(self) -> float:
         return self.total + max(0.0, time.perf_counter() - self.began)
     def push(self, step: int, loss: Tensor) -> None:
-        done = torch.cuda.Event() if self.device.type == "cuda" else None
+        done = torch.cuda.Event() if self.runtime.device.type == "cuda" else None
         if done:
             loss = torch.empty((), pin_memory=True).copy_(loss, non_blocking=True)
             done.record()
@@ -1294,11 +1290,11 @@ class StepQueue:
         return self.elapsed() + (len(self.flights) + more) * self.pace
     def status(self, step: int, loss: float) -> str:
         """For a terminal; bpb as if training tokens stood for as many bytes as validation's."""
-        h, rate, cuda = self.h, self.h.train_batch_tokens / self.pace, self.device.type == "cuda"
+        h, where, rate = self.h, self.runtime, self.h.train_batch_tokens / self.pace
         left = self.ends[-1] / progress_of(h, step, self.ends[-1]) - self.ends[-1]
-        # A token takes 6 operations a weight, and attention's causal half.
+        # Per token 6 a weight and attention's causal half; an H100 SXM does 989e12 in bfloat16.
         flops = 6 * rate * (h.parameters() + h.num_layers * h.train_seq_len * h.model_dim)
-        mfu = f"MFU:{flops / H100_FLOPS / self.world_size:.0%} " if cuda else ""
+        mfu = f"MFU:{flops / 989e12 / where.world_size:.0%} " if where.device.type != "cpu" else ""
         return (f"step:{step}/{h.iterations} loss:{loss:.4f} bpb:{loss * self.bpb_per_nat:.3f} "
                 f"{self.pace * 1e3:.1f}ms {rate:,.0f} tokens/s {mfu}left:{left:.0f}s")
     def report(self, step: int, what: str, clock: float) -> None:  # as the challenge prints it
@@ -1354,9 +1350,8 @@ def train(h: Hyperparameters, runtime: Runtime, log: RunLog, evaluator: Evaluato
         step_avg_ms=round(queue.total * 1e3 / step, 3), swa_steps=average.count,
         train_shards=len(plan.shards), train_tokens=sum(map(len, plan.shards)),
         final_train_loss=queue.losses[-1] if queue.losses else None, interrupted=bool(stop),
-        graphs_compiled_on_clock=stats["unique_graphs"] - graphs,
-        **{"fault": queue.fault} if queue.fault else {})
-    log("training " + " ".join(f"{k}:{v}" for k, v in facts.items()))
+        graphs_compiled_on_clock=stats["unique_graphs"] - graphs, fault=queue.fault)
+    log("training " + " ".join(f"{k}:{v}" for k, v in facts.items() if v != ""))
     trained, mean = map(optimizer.gather, (optimizer.masters(), average.mean))
     if queue.fault:  # what was averaged or copied last, if a step's weights are in it and finite
         finite = step > h.train_log_every and all(w.isfinite().all() for w in mean.values())
@@ -1406,20 +1401,12 @@ def obtain_weights(h: Hyperparameters, runtime: Runtime, log: RunLog, evaluator:
         torch.save({"architecture": {n: getattr(h, n) for n in ARCHITECTURE}, "facts": facts,
                     "stages": stages}, content := io.BytesIO())
         write_atomic(path, content.getvalue())
-    if fault := facts.get("fault"):
+    if fault := facts["fault"]:
         kept = f"RESUME_FROM={path} scores earlier weights" if stages else "no finite weights left"
         raise RunError(f"{fault}; lower MATRIX_LR, EMBED_LR or SCALAR_LR; {kept}")
     if facts["interrupted"] and h.on_interrupt == "save":
         raise RunError(f"interrupted at step {facts['step_stop']}: RESUME_FROM={path} scores it")
     return stages, facts
-
-def with_sample(h: Hyperparameters) -> Hyperparameters:
-    """DATA_PATH=sample becomes the paths of the built-in corpus, which is built if missing."""
-    if h.data_path == "sample":
-        from prepare_data import build_sample
-        data, tokenizer = build_sample(SOURCE.parent / "data", h.vocab_size)
-        h = replace(h, data_path=str(data), tokenizer_path=str(tokenizer))
-    return h
 
 def run(h: Hyperparameters, runtime: Runtime) -> None:
     """The stages: data -> train -> save -> pack -> score what is on disk -> report."""
@@ -1433,10 +1420,9 @@ def run(h: Hyperparameters, runtime: Runtime) -> None:
     kind = "eval" if h.eval_only else "resume" if h.resume_from else f"train_seed{h.seed}"
     log = RunLog(out / f"{kind}.partial.log" if runtime.rank == 0 else None,
                  f"{SOURCE.read_text()}\n{'=' * 80}\n{json.dumps(asdict(h), indent=1)}\n")
-    environment = environment_facts(runtime)
-    log(f"{json.dumps(environment)}\ndataset:{evaluator.dataset} val_tokens:{evaluator.targets} "
-        f"val_bytes:{evaluator.text_bytes} model_params:{h.parameters()} "
-        f"world_size:{runtime.world_size} seed:{h.seed}")
+    log(f"{json.dumps(environment := environment_facts(runtime))}\ndataset:{evaluator.dataset} "
+        f"val_tokens:{evaluator.targets} val_bytes:{evaluator.text_bytes} "
+        f"model_params:{h.parameters()} world_size:{runtime.world_size} seed:{h.seed}")
     kernels, scores, facts = choose_kernels(h, runtime, log), dict[str, Score](), dict[str, Any]()
     def score(stage: str, model: GPT, label: str, stride: int = 0) -> None:
         scores[stage] = evaluator.score(model, stride, log)
@@ -1461,15 +1447,13 @@ def run(h: Hyperparameters, runtime: Runtime) -> None:
     if h.eval_dump and runtime.rank == 0:
         np.savez(archive := io.BytesIO(), **evaluator.dump)  # type: ignore[arg-type]
         write_atomic(Path(h.eval_dump), archive.getvalue())
-    log(f"peak_gpu_memory:{torch.cuda.max_memory_reserved() / 2**30:.2f}GiB")
     if log.path and not h.eval_only:
         with contextlib.suppress(ModuleNotFoundError):  # this file alone trains and scores as well
             from record import add_result  # writes submission.json for all seeds of the folder
-            add_result(out, log, settings=asdict(h), environment=environment, training=facts,
-                       dataset=evaluator.dataset, model_params=h.parameters(),
-                       bytes_model=len(content), scores={n: asdict(s) for n, s in scores.items()})
+            add_result(out, log, evaluator, environment, facts, scores, len(content))
     code, size, best = SOURCE.stat().st_size, len(content), scores.get("sliding", scores["packed"])
-    log(f"val_bpb:{best.bpb:.8f} dataset:{evaluator.dataset} bytes_total:{code + size} "
+    log(f"peak_gpu_memory:{torch.cuda.max_memory_reserved() / 2**30:.2f}GiB\n"
+        f"val_bpb:{best.bpb:.8f} dataset:{evaluator.dataset} bytes_total:{code + size} "
         f"(code {code} + model {size}, cap {h.artifact_bytes})")
     if log.path and log.path.name.startswith("train"):
         write_atomic(out / "train.log", log.path.read_bytes())
@@ -1480,7 +1464,10 @@ def main() -> None:
     """Exits with 0, or with 1 and one message on stderr."""
     try:
         h = Hyperparameters.from_env(os.environ)
-        run(with_sample(h), Runtime.start(h, os.environ))
+        if h.data_path == "sample":
+            from prepare_data import with_sample
+            h = with_sample(h)  # the paths of the built-in corpus, which is built if missing
+        run(h, Runtime.start(h, os.environ))
         if dist.is_initialized():
             dist.destroy_process_group()
     except (RunError, OSError, RuntimeError, KeyboardInterrupt) as error:
