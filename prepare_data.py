@@ -16,6 +16,7 @@ appears by a rename, and a lock per root makes concurrent commands take turns.
 
 import argparse
 import ast
+import dataclasses
 import fcntl
 import gzip
 import importlib.util
@@ -369,6 +370,14 @@ def build_sample(root: Path, vocab_size: int = 1024) -> tuple[Path, Path]:
     """
     check_vocab(vocab_size)
     return build(root, "sample", vocab_size, SAMPLE_SOURCE, lambda: sample_parts(vocab_size))
+
+
+def with_sample(h: Any) -> Any:
+    """DATA_PATH=sample becomes the paths of the built-in corpus, which is built if missing."""
+    if h.data_path != "sample":
+        return h
+    data, tokenizer = build_sample(Path(__file__).resolve().parent / "data", h.vocab_size)
+    return dataclasses.replace(h, data_path=str(data), tokenizer_path=str(tokenizer))
 
 
 def build_text(args: argparse.Namespace) -> tuple[Path, Path]:

@@ -23,7 +23,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import copy
-import dataclasses
 import difflib
 import functools
 import hashlib
@@ -39,13 +38,16 @@ import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
+
+if torch.__version__ < (2, 11):  # type: ignore[operator]  # it may lack what is imported next
+    sys.exit(f"error: torch is {torch.__version__}, expected 2.11 to 2.13: see requirements.txt")
 import numpy as np
 import sentencepiece
-import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import zstandard
@@ -63,12 +65,15 @@ except ImportError:  # builds of torch for the CPU come without it
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 256 * 4
 BOS_ID, SPACE = 1, "\u2581"  # start of every document; SentencePiece's mark of a leading space
 ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGOLFGPT", 1
-FINEWEB_VAL_TOKENS = {1024: 62_021_632}  # scored tokens of the published split, by vocabulary
+FINEWEB_VAL_BYTES = 151_080_363  # of the published split: pg#543's tokens * loss / ln 2 / bpb
 GET_DATA = "fetch or build it with `python prepare_data.py fineweb`, or set DATA_PATH=sample"
 SOURCE = Path(__file__).resolve()
 
 class RunError(Exception):
     """A mistake the user can mend: what, where, expected, found, remedy.  Never a traceback."""
+def require(holds: object, message: str) -> None:
+    if not holds:
+        raise RunError(message)
 
 # ---- 2. Hyperparameters -------------------------------------------------------------------------
 RETIRED = dict(  # names of the challenge's baseline that mean nothing here -> what to set instead
@@ -91,8 +96,6 @@ class Hyperparameters:
     eval_only: str = ""  # path of an artifact to score; nothing is trained
     resume_from: str = ""  # path of saved float weights to pack and score; nothing is trained
     on_interrupt: str = "save"  # SIGTERM or Ctrl-C in training: save and end, or finish the run
-    author: str = "Parameter Golf maintainers"  # for submission.json
-    github_id: str = ""  # account that submits
     # Model: 32.4M parameters, which 16 MB hold at 3.9 bits a weight
     vocab_size: int = 1024  # of the tokenizer; embeddings are tied
     num_layers: int = 11  # 5 encode, 6 decode: U-Net skips join them
@@ -151,10 +154,9 @@ class Hyperparameters:
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> Hyperparameters:
         """Preset plus overrides.  A name that looks like one but would be ignored is refused."""
-        kinds = {f.name.upper(): str(f.type) for f in dataclasses.fields(cls)}
+        kinds = {f.name.upper(): str(f.type) for f in fields(cls)}
         preset = env.get("PRESET", "card")
-        if preset not in PRESETS:
-            raise RunError(f"PRESET={preset!r}: unknown; set one of {', '.join(PRESETS)}")
+        require(preset in PRESETS, f"PRESET={preset!r}: unknown; set one of {', '.join(PRESETS)}")
         values = dict(PRESETS[preset])
         for name, text in env.items():
             if name in kinds:
@@ -166,9 +168,8 @@ class Hyperparameters:
         return cls(**values)
     def __post_init__(self) -> None:
         """Raises RunError for the first combination that cannot run."""
-        def require(holds: bool, name: str, remedy: str) -> None:
-            if not holds:
-                raise RunError(f"{name.upper()}={getattr(self, name)!r}: {remedy}")
+        def check(holds: bool, name: str, remedy: str) -> None:
+            require(holds, f"{name.upper()}={getattr(self, name)!r}: {remedy}")
         for low, high, names in (
             (2, math.inf, "vocab_size num_layers"),
             (1, math.inf, "model_dim num_heads num_kv_heads mlp_hidden ve_layers ve_dim iterations "
@@ -177,7 +178,7 @@ class Hyperparameters:
             (0, 1 - 1e-9, "beta1 beta2 muon_beta2 muon_momentum muon_momentum_warmup_start"),
             (0, 1, "warmdown_fraction key_shift"), (1, 22, "zstd_level")):
             for name in names.split():
-                require(low <= getattr(self, name) <= high, name, f"set it within {low} to {high}")
+                check(low <= getattr(self, name) <= high, name, f"set it within {low} to {high}")
         for name, must, other in (
             ("num_heads", "divide", "model_dim"), ("num_kv_heads", "divide", "num_heads"),
             ("train_seq_len", "divide", "train_batch_tokens"),
@@ -186,13 +187,13 @@ class Hyperparameters:
             ("gate_dims", "not exceed", "model_dim"),
             ("xsa_layers", "not exceed", "num_layers"), ("ve_layers", "not exceed", "num_layers")):
             mine, its = getattr(self, name), getattr(self, other)
-            require(its % mine == 0 if must == "divide" else mine <= its, name,
+            check(its % mine == 0 if must == "divide" else mine <= its, name,
                     f"must {must} {other.upper()}={its}")
-        require(self.device in ("auto", "cpu", "cuda"), "device", "set auto, cpu or cuda")
-        require(self.on_interrupt in ("save", "finish"), "on_interrupt", "set save or finish")
-        require(self.rope_dims % 2 == 0, "rope_dims", "must be even")
-        require(not (self.eval_only and self.resume_from), "eval_only", "unset it or RESUME_FROM")
-        require(self.parameters() // 4 < self.artifact_bytes, "artifact_bytes",
+        check(self.device in ("auto", "cpu", "cuda"), "device", "set auto, cpu or cuda")
+        check(self.on_interrupt in ("save", "finish"), "on_interrupt", "set save or finish")
+        check(self.rope_dims % 2 == 0, "rope_dims", "must be even")
+        check(not (self.eval_only and self.resume_from), "eval_only", "unset it or RESUME_FROM")
+        check(self.parameters() // 4 < self.artifact_bytes, "artifact_bytes",
                 f"{self.parameters():,} weights need 2 bits each; raise it or lower MLP_HIDDEN")
     def parameters(self) -> int:
         """Number of trained parameters, from the shapes alone."""
@@ -232,11 +233,10 @@ class Runtime:
         rank, local = int(env.get("RANK", 0)), int(env.get("LOCAL_RANK", 0))
         world, gpus = int(env.get("WORLD_SIZE", 1)), torch.cuda.device_count()
         cuda = gpus > 0 if h.device == "auto" else h.device == "cuda"
-        if h.compile_backend not in ("auto", "none", *torch.compiler.list_backends(())):
-            raise RunError(f"COMPILE_BACKEND={h.compile_backend!r}: set auto, none or inductor")
-        if cuda and local >= gpus:
-            raise RunError(f"LOCAL_RANK={local}: this machine has {gpus} GPUs; lower "
-                           "--nproc_per_node or set DEVICE=cpu")
+        require(h.compile_backend in ("auto", "none", *torch.compiler.list_backends(())),
+                f"COMPILE_BACKEND={h.compile_backend!r}: set auto, none or inductor")
+        require(not cuda or local < gpus, f"DEVICE={h.device}, LOCAL_RANK={local}: found {gpus} "
+                "GPUs; lower --nproc_per_node or set DEVICE=cpu")
         if cuda:
             torch.cuda.set_device(local)
         if world > 1:
@@ -271,17 +271,24 @@ class Runtime:
 
 class RunLog:
     """Lines to the terminal and to a file, by rank 0 alone; the file alone reproduces the run."""
-    def __init__(self, path: Path | None):
-        self.path = path
+    def __init__(self, path: Path | None, head: str = ""):
+        self.path, self.tenth = path, -1
+        self.terminal = path is not None and sys.stdout.isatty()
         if path:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("")
-    def __call__(self, line: str, *, quiet: bool = False) -> None:
+            path.write_text(head)
+    def __call__(self, line: str) -> None:
         if self.path:
             with self.path.open("a") as file:
                 file.write(line + "\n")
-            if not quiet:
-                print(line, flush=True)
+            print("\033[K" * self.terminal + line, flush=True)  # clears what progress left
+    def progress(self, line: str, share: float = 0.0) -> None:
+        """On a terminal a line that the next one overwrites, elsewhere one each tenth of it all."""
+        if self.terminal:
+            print(f"\033[K{line}", end="\r", flush=True)
+        elif int(10 * share) != self.tenth:
+            self(line)
+        self.tenth = int(10 * share)
 
 def write_atomic(path: Path, content: bytes) -> None:
     """Either the whole new file or the old one: temporary file, fsync, rename."""
@@ -303,21 +310,19 @@ def read_shard(path: Path) -> np.ndarray:
     pages.madvise(mmap.MADV_RANDOM)
     magic, version, count = struct.unpack("<3i", pages[:12].ljust(12, b"\0"))
     expected = SHARD_HEADER_BYTES + 2 * count
-    if (magic, version, len(pages)) != (SHARD_MAGIC, SHARD_VERSION, expected) or count < 0:
-        raise RunError(f"{path}: expected {expected} bytes of magic {SHARD_MAGIC}, version "
-                       f"{SHARD_VERSION}, found {len(pages)} of {[magic, version]}; {GET_DATA}")
+    whole = (magic, version, len(pages)) == (SHARD_MAGIC, SHARD_VERSION, expected) and count >= 0
+    require(whole, f"{path}: expected {expected} bytes of magic {SHARD_MAGIC}, version "
+            f"{SHARD_VERSION}, found {len(pages)} of {[magic, version]}; {GET_DATA}")
     return np.frombuffer(pages, dtype="<u2", offset=SHARD_HEADER_BYTES)
-
 def open_split(data_path: str, split: str) -> list[np.ndarray]:
     """All shards of `split` (train or val), in name order."""
-    if paths := sorted(Path(data_path).glob(f"fineweb_{split}_*.bin")):
-        return [read_shard(path) for path in paths]
-    raise RunError(f"DATA_PATH={data_path}: found no fineweb_{split}_*.bin; {GET_DATA}")
-
+    paths = sorted(Path(data_path).glob(f"fineweb_{split}_*.bin"))
+    require(paths, f"DATA_PATH={data_path}: found no fineweb_{split}_*.bin; {GET_DATA}")
+    return [read_shard(path) for path in paths]
 def check_vocabulary(tokens: np.ndarray, vocab_size: int, where: str) -> None:
-    if tokens.size and int(tokens.max()) >= vocab_size:
-        raise RunError(f"{where}: token id {int(tokens.max())} found, expected less than "
-                       f"VOCAB_SIZE={vocab_size}; use the shards of this vocabulary")
+    highest = int(tokens.max(initial=0))
+    require(highest < vocab_size, f"{where}: token id {highest} found, expected less than "
+            f"VOCAB_SIZE={vocab_size}; use the shards of this vocabulary")
 
 class BatchPlan:
     """Windows of all shards, shuffled by the seed, each epoch from another offset in another order.
@@ -326,9 +331,8 @@ class BatchPlan:
         self.shards, self.seq_len, self.batch_seqs, self.seed = shards, seq_len, batch_seqs, seed
         self.starts = np.cumsum([0, *(max(0, len(shard) // seq_len - 1) for shard in shards)])
         self.windows_per_epoch, self.epoch = int(self.starts[-1]), -1
-        if self.windows_per_epoch == 0:
-            raise RunError(f"training shards: expected at least one of {2 * seq_len} tokens, found "
-                           f"{max(map(len, shards))}; lower TRAIN_SEQ_LEN or add text")
+        require(self.windows_per_epoch, f"training shards: expected at least one of {2 * seq_len} "
+                f"tokens, found {max(map(len, shards))}; lower TRAIN_SEQ_LEN or add text")
     def window(self, position: int) -> tuple[int, int]:
         """(shard, first token) of the window at `position` of the endless shuffled sequence."""
         epoch, index = divmod(position, self.windows_per_epoch)
@@ -343,7 +347,6 @@ class BatchPlan:
         windows = (self.window(step * self.batch_seqs + row) for row in rows)
         return np.stack([self.shards[shard][first : first + self.seq_len + 1]
                          for shard, first in windows], dtype=np.int64)
-
 def prefetch(plan: BatchPlan, rows: range, vocab_size: int, device: torch.device,
              depth: int = 4) -> Generator[Tensor]:
     """This rank's rows of batches 0, 1, 2 ... on `device`, read ahead by one thread."""
@@ -367,17 +370,15 @@ class ByteTable(NamedTuple):
         counts = np.bincount(tokens[1:], minlength=len(self.base))
         no_space = self.leading_space[tokens[1:][self.boundary[tokens[:-1]]]].sum()
         return int(counts @ (self.base + self.leading_space) - no_space)
-
 def load_byte_table(tokenizer_path: str, vocab_size: int) -> ByteTable:
     """From a SentencePiece model.  Raises RunError if missing or of another vocabulary."""
     try:
         sp = sentencepiece.SentencePieceProcessor(model_file=str(Path(tokenizer_path)))
     except (RuntimeError, OSError):
-        fault = "not a SentencePiece model" if Path(tokenizer_path).is_file() else "no such file"
-        raise RunError(f"TOKENIZER_PATH={tokenizer_path}: {fault}; {GET_DATA}") from None
-    if sp.vocab_size() != vocab_size:
-        raise RunError(f"TOKENIZER_PATH={tokenizer_path}: expected VOCAB_SIZE={vocab_size} pieces, "
-                       f"found {sp.vocab_size()}; set both to the same vocabulary")
+        raise RunError(f"TOKENIZER_PATH={tokenizer_path}: missing or not a SentencePiece model; "
+                       f"{GET_DATA}") from None
+    require(sp.vocab_size() == vocab_size, f"TOKENIZER_PATH={tokenizer_path}: expected VOCAB_SIZE="
+            f"{vocab_size} pieces, found {sp.vocab_size()}; set both to the same vocabulary")
     ids = list(range(vocab_size))
     boundary = np.any([sp.is_control(ids), sp.is_unknown(ids), sp.is_unused(ids)], axis=0)
     pieces = sp.id_to_piece(ids)
@@ -412,7 +413,6 @@ def export_grids(h: Hyperparameters) -> dict[str, Grid]:
 def matrices(w: Tensor) -> Tensor:
     """A parameter as (N, R, C); a table is one matrix."""
     return w.reshape(-1, *w.shape[-2:])
-
 def short_scale(x: Tensor) -> Tensor:
     """`x` to 16 significant bits: code times scale is exact, so rounding again changes nothing."""
     return ((x.view(torch.int32) + 128) & -256).view(torch.float32)
@@ -452,7 +452,6 @@ def entropy_bits(codes_NRC: Tensor) -> float:
     counts = torch.bincount((codes_NRC + zero).flatten(), minlength=256 * n).view(n, 256).double()
     share = counts / counts.sum(1, keepdim=True)
     return float(-(counts * torch.log2(share.clamp_min(1e-300))).sum())
-
 def fit_step(size_of: Callable[[float], float], target: float) -> float:
     """Smallest step whose size, falling in the step, is at most `target`; by bisection."""
     low, high = -80.0, 24.0  # log2: from where the code range decides, to all codes zero
@@ -472,7 +471,6 @@ def rms_norm(x: Tensor) -> Tensor:
     """Unit root mean square over the last dimension, statistics in float32."""
     wide = x.float()
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
-
 def rotary_table(length: int, dims: int, base: float, device: torch.device) -> Tensor:
     """cos and sin, stacked: (2, T, 1, dims/2) float32."""
     frequency = base ** (-torch.arange(0, dims, 2, device=device, dtype=torch.float32) / dims)
@@ -511,14 +509,13 @@ def sdpa(*backends: SDPBackend) -> Attend:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
         return y.transpose(1, 2)
     return attend
-
 def attention_candidates() -> dict[str, Attend]:
-    """Kernels for CUDA by name; FlashAttention-3 only where its package imports."""
-    found = {"cudnn": sdpa(SDPBackend.CUDNN_ATTENTION), "flash": sdpa(SDPBackend.FLASH_ATTENTION)}
+    """Kernels for CUDA, on an H100 the fastest first; FlashAttention-3 only where it imports."""
+    found, backend = dict[str, Attend](), SDPBackend
     with contextlib.suppress(ImportError):
         from flash_attn_interface import flash_attn_func  # type: ignore[import-not-found]
         found["fa3"] = functools.partial(flash_attn_func, causal=True)
-    return found
+    return found | {"cudnn": sdpa(backend.CUDNN_ATTENTION), "flash": sdpa(backend.FLASH_ATTENTION)}
 
 def relu2_mlp(x_BTD: Tensor, up_ND: Tensor, down_ND: Tensor, scale: float) -> Tensor:
     """relu(scale norm(x) up^T)^2 down (So et al., Primer, 2021); N is the hidden width."""
@@ -628,7 +625,6 @@ def heads_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0913
                 tl.store(dgain + tl.program_id(0) * H + head, tl.sum(along * tl.rsqrt(square)))
         else:
             tl.store(side + dim, (turned * scale).to(q.dtype.element_ty))
-
 def heads_outputs(qkv_MC: Tensor, gain_H: Tensor, rotary: Tensor, width: int,
                   grads: list[Tensor]) -> tuple[Tensor, Tensor]:
     (M, C), H = qkv_MC.shape, len(gain_H)
@@ -669,45 +665,40 @@ class FusedHeads(torch.autograd.Function):
         return dx_BTD, dqkv_MC.T @ x_MD, parts.sum(0).to(gain_H.dtype), None
 
 def choose_kernels(h: Hyperparameters, runtime: Runtime, log: RunLog) -> Kernels:
-    """The fastest attention that agrees with float32 math; fused layers on Hopper if shapes fit."""
+    """The first attention that agrees with float32 math, fused layers on Hopper if shapes fit.
+    Nothing is chosen by timing, so that another run computes the same bits."""
     if runtime.device.type != "cuda":
         log("attention:sdpa, plain layers (the only ones on a CPU)")
         return Kernels()
-    timings, candidates = dict[str, float](), attention_candidates()
-    for name, attend in candidates.items():
+    for name, attend in attention_candidates().items():
         try:
-            error, ms = attention_trial(h, attend, runtime.device)
-            log(f"attention:{name} fwd+bwd:{ms:.3f}ms relative_error:{error:.1e}")
-            if error < 2e-2:  # bf16 lands near 3e-3
-                timings[name] = ms
+            error = attention_error(h, attend, runtime.device)
         except Exception as problem:  # a kernel that this driver, GPU or version does not run
             log(f"attention:{name} refused ({type(problem).__name__}: {str(problem)[:120]})")
-    if not timings:
+            continue
+        log(f"attention:{name} relative_error:{error:.1e}")
+        if error < 2e-2:  # bf16 lands near 3e-3
+            break
+    else:
         raise RunError("attention: no kernel is correct on this GPU; set DEVICE=cpu")
-    best = runtime.agree_on(min(timings, key=timings.__getitem__))
     fused = torch.cuda.get_device_capability() >= (9, 0) and not (
         h.mlp_hidden % 8 or h.model_dim % 8 or h.train_seq_len % HEAD_ROWS
         or h.head_dim & (h.head_dim - 1))
-    log(f"attention:{best} (fastest correct), {'fused' if fused else 'plain'} layers")
-    return Kernels(candidates[best], *((FusedHeads.apply, FusedMLP.apply) if fused else ()))
-
-def attention_trial(h: Hyperparameters, attend: Attend,
-                    device: torch.device) -> tuple[float, float]:
-    """Largest relative error of output and gradients, and median ms of forward + backward."""
-    from triton.testing import do_bench
+    log(f"attention:{name}, {'fused' if fused else 'plain'} layers")
+    return Kernels(attend, *((FusedHeads.apply, FusedMLP.apply) if fused else ()))
+def attention_error(h: Hyperparameters, attend: Attend, device: torch.device) -> float:
+    """Largest relative error of output and gradients on two random sequences."""
     generator = torch.Generator(device).manual_seed(0)
-    def inputs(rows: int) -> list[Tensor]:
-        return [torch.randn(rows, h.train_seq_len, heads, h.head_dim, generator=generator,
-                            device=device).bfloat16().requires_grad_()
-                for heads in (h.num_heads, h.num_kv_heads, h.num_kv_heads, h.num_heads)]
-    def run(function: Attend, q: Tensor, k: Tensor, v: Tensor, dy: Tensor) -> list[Tensor]:
+    tensors = [torch.randn(2, h.train_seq_len, heads, h.head_dim, generator=generator,
+                           device=device).bfloat16()
+               for heads in (h.num_heads, h.num_kv_heads, h.num_kv_heads, h.num_heads)]
+    def run(function: Attend, dtype: torch.dtype) -> list[Tensor]:
+        q, k, v = (t.to(dtype).requires_grad_() for t in tensors[:3])
         y = function(q, k, v)
-        return [y.detach(), *torch.autograd.grad(y, (q, k, v), dy)]
-    few, full = inputs(2), inputs(max(1, h.micro_batch_tokens // h.train_seq_len))
-    exact = run(sdpa(SDPBackend.MATH), *(t.float() for t in few))
-    error = max(float((a.float() - b).norm() / b.norm())
-                for a, b in zip(run(attend, *few), exact, strict=True))
-    return error, do_bench(lambda: run(attend, *full), return_mode="median")
+        return [y.detach(), *torch.autograd.grad(y, (q, k, v), tensors[3].to(dtype))]
+    exact = run(sdpa(SDPBackend.MATH), torch.float32)
+    return max(float((a.float() - b).norm() / b.norm())
+               for a, b in zip(run(attend, torch.bfloat16), exact, strict=True))
 
 # ---- 7. Model -----------------------------------------------------------------------------------
 def parameter_shapes(h: Hyperparameters) -> dict[str, tuple[int, ...]]:
@@ -745,7 +736,6 @@ def smear(x_BTD: Tensor, gate_D: Tensor, inputs_BT: Tensor) -> Tensor:
     has_previous = ((inputs_BT != BOS_ID) & ~first)[..., None]
     previous = F.pad(x_BTD, (0, 0, 1, 0))[:, :-1]
     return x_BTD + has_previous * torch.sigmoid(gate_D) * (previous - x_BTD)
-
 def shift_keys(k_BTKE: Tensor, rotated: int) -> Tensor:
     """The dims after the first `rotated` come from the token before, so that a query finds what
     followed an earlier token like its own in one layer, not two (modded-nanogpt's key offset)."""
@@ -823,16 +813,13 @@ def lr_scale(h: Hyperparameters, progress: float, total_steps: float = 0.0) -> f
     share = h.warmdown_iters / (total_steps or h.iterations) or h.warmdown_fraction
     return min(1.0, (1.0 - progress) / min(1.0, share))
 
-POLAR_EXPRESS = (  # (a, b, c) of each step a x + b (x x^T) x + c (x x^T)^2 x, by Amsel et al., 2025
-    (8.156554524902461, -22.48329292557795, 15.878769915207462),
-    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
-    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
-    (3.285753657755655, -2.3681294933425376, 0.46449024233002577),
-    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323))
+POLAR_EXPRESS = (  # a, b and c of each step x <- a x + b (x x^T) x + c (x x^T)^2 x
+    (8.15656, -22.48329, 15.87877), (4.04293, -2.80892, 0.50002), (3.89167, -2.77248, 0.50607),
+    (3.28575, -2.36813, 0.46449), (2.34654, -1.70978, 0.42324))
 
 def orthogonalize(g_NRC: Tensor, dtype: torch.dtype) -> Tensor:
     """Batched Newton-Schulz iteration (Jordan et al., Muon, 2024) towards the polar factor U V^T of
-    each matrix.  Matrices of zeros stay zero."""
+    each matrix, with the steps of Polar Express (Amsel et al., 2025); zeros stay zero."""
     x = g_NRC.mT if g_NRC.shape[-2] > g_NRC.shape[-1] else g_NRC
     x = (x / (1.02 * x.square().sum((-2, -1), keepdim=True).sqrt() + 1e-7)).to(dtype)
     identity = torch.eye(x.shape[-2], dtype=dtype, device=x.device)
@@ -855,7 +842,6 @@ def muon_update(grad: Tensor, bank: Bank, clip: Tensor, lr: Tensor, beta: Tensor
     before, after = (t.square().sum((-2, -1), keepdim=True) for t in (update, even))
     scale = (before / after.clamp_min(1e-12)).sqrt() * bank.update_scale  # padding stays 0
     bank.master.mul_(1 - lr * decay).sub_(lr * scale * even)
-
 def adamw_update(grad: Tensor, mean: Tensor, square: Tensor, master: Tensor, clip: Tensor,
                  lr: Tensor, decay: Tensor, step: Tensor, h: Hyperparameters) -> None:
     """In-place AdamW (Loshchilov & Hutter, 2019) of a flat vector; `lr` per element."""
@@ -1000,10 +986,9 @@ class Optimizer:
         return {name: whole[name] for name in self.names}
     def snapshot(self) -> Callable[[], None]:
         """Copies all state of model and optimizer; the returned function puts it back."""
-        tensors = [p.data for p in self.model.parameters()]
-        tensors += [self.flat_master, self.mean, self.square, self.steps]
-        tensors += [t for bank in self.banks
-                    for t in (bank.padded, bank.master, bank.momentum, bank.square)]
+        tensors = [self.flat_master, self.mean, self.square, self.steps]
+        tensors += [p.data for p in self.model.parameters()]
+        tensors += [t for bank in self.banks for t in bank[2:-1]]  # all but the constant scales
         saved, qat_step = [t.clone() for t in tensors], self.qat_step
         def restore() -> None:
             torch._foreach_copy_(tensors, saved)
@@ -1028,14 +1013,12 @@ class RunningMean:
 ARCHITECTURE = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_hidden",
                 "rope_dims", "rope_base", "key_shift", "gate_dims", "xsa_layers", "ve_layers",
                 "ve_dim", "logit_softcap", "train_seq_len")
-
 def rounded(state: Mapping[str, Tensor], h: Hyperparameters,
             step: float) -> Iterator[tuple[str, Tensor, Tensor]]:
     """(name, int8 codes (N, R, C), float32 scales (N, R, 1)) of every tensor that has a grid."""
     for name, grid in export_grids(h).items():
         w = matrices(state[name])
         yield name, *quantize(w, torch.tensor(step, device=w.device), *grid.tensors(w))
-
 def pack(state: Mapping[str, Tensor], h: Hyperparameters, step: float) -> bytes:
     """The artifact's bytes; the same input always gives the same bytes."""
     coded = {name: (scales, *codes) for name, codes, scales in rounded(state, h, step)}
@@ -1057,16 +1040,13 @@ def pack(state: Mapping[str, Tensor], h: Hyperparameters, step: float) -> bytes:
 
 def unpack(artifact: bytes, where: str = "artifact") -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Architecture and float32 weights.  Raises RunError for anything but a whole artifact."""
-    if artifact[:8] != ARTIFACT_MAGIC:
-        raise RunError(f"{where}: not an artifact of this program: expected {ARTIFACT_MAGIC!r}, "
-                       f"found {artifact[:8]!r}; name the final_model.ptz of a run")
+    require(artifact[:8] == ARTIFACT_MAGIC, f"{where}: not an artifact of this program: expected "
+            f"{ARTIFACT_MAGIC!r}, found {artifact[:8]!r}; name the final_model.ptz of a run")
     version = int.from_bytes(artifact[8:12], "little")
-    if version != ARTIFACT_VERSION and len(artifact) >= 12:
-        raise RunError(f"{where}: expected format version {ARTIFACT_VERSION}, found {version}; "
-                       "use the train_gpt.py that wrote it")
-    if hashlib.sha256(artifact[44:]).digest() != artifact[12:44]:
-        raise RunError(f"{where}: truncated or damaged, its SHA-256 does not match; copy it again "
-                       "or pack it again with RESUME_FROM")
+    require(version == ARTIFACT_VERSION or len(artifact) < 12, f"{where}: expected format version "
+            f"{ARTIFACT_VERSION}, found {version}; use the train_gpt.py that wrote it")
+    require(hashlib.sha256(artifact[44:]).digest() == artifact[12:44], f"{where}: truncated or "
+            "damaged, its SHA-256 does not match; copy it again or repack with RESUME_FROM")
     body, state = io.BytesIO(artifact[44:]), dict[str, Tensor]()
     def read(length: int) -> bytearray:
         return bytearray(zstandard.ZstdDecompressor().decompress(body.read(length)))
@@ -1090,8 +1070,9 @@ def pack_to_budget(state: Mapping[str, Tensor], h: Hyperparameters, budget: int,
     def coded_bytes(step: float) -> float:
         return sum(entropy_bits(codes) for _, codes, _ in rounded(state, h, step)) / 8
     for name, w in state.items():
-        if not torch.isfinite(w).all() or (name not in export_grids(h) and w.abs().max() > 65504):
-            raise RunError(f"export: {name} is not finite in its format; set lower learning rates")
+        highest = math.inf if name in export_grids(h) else 65504  # of float16
+        require(torch.isfinite(w).all() and w.abs().max() <= highest,
+                f"export: {name} is not finite in its format; set lower learning rates")
     best, overhead, margin = b"", (1 - 1 / ZSTD_OVERHEAD) * budget, 0.0005
     for _ in range(12):
         target = budget * (1 - margin) - overhead
@@ -1105,8 +1086,7 @@ def pack_to_budget(state: Mapping[str, Tensor], h: Hyperparameters, budget: int,
         if fits and (len(blob) >= (0.997 - margin) * budget or entropy < 0.99 * target):
             return best  # full, or as fine as the code range allows
         overhead, margin = len(blob) - entropy, margin if fits else 2 * margin
-    if not best:
-        raise RunError(f"export: nothing fits {budget} bytes; RESUME_FROM with more ARTIFACT_BYTES")
+    require(best, f"export: nothing fits {budget} bytes; RESUME_FROM with more ARTIFACT_BYTES")
     return best
 
 # ---- 11. Evaluation -----------------------------------------------------------------------------
@@ -1122,30 +1102,17 @@ class Score:
     def __str__(self) -> str:
         return f"val_loss:{self.loss:.8f} val_bpb:{self.bpb:.8f} eval_time:{self.seconds:.1f}s"
 
-def show_progress(log: RunLog, share: float, began: float, shown: float) -> float:
-    """Tells of an evaluation of over 10 s, at each tenth in a log; returns the share last told."""
-    seconds = time.perf_counter() - began
-    line = f"eval:{share:.0%} seconds:{seconds:.0f} left:{seconds / share - seconds:.0f}"
-    if not log.path or seconds <= max(2, 10 * share) or share < shown + 0.1:
-        return shown
-    if sys.stdout.isatty():
-        print(line, end="\r", flush=True)  # the score's line is longer and covers it
-        return shown
-    log(line)
-    return share
-
 class Evaluator:
     """Scores every token after the first exactly once, from its past only.  Plain windows do not
     overlap.  Sliding windows start `stride` apart and score their last `stride` targets, the first
     all, so that T - stride tokens precede a target if there are so many.  Sums are float64."""
     def __init__(self, h: Hyperparameters, runtime: Runtime, tokens: np.ndarray, table: ByteTable):
         self.h, self.runtime, self.targets = h, runtime, len(tokens) - 1
-        if self.targets < 1:
-            raise RunError("validation split: expected at least 2 tokens; build it again")
-        official = self.targets // 2048 * 2048 == FINEWEB_VAL_TOKENS.get(h.vocab_size)  # no tail
+        require(self.targets > 0, "validation split: expected at least 2 tokens; build it again")
+        self.text_bytes = table.count(tokens)  # the same for all vocabularies but for a few kB
+        official = abs(self.text_bytes / FINEWEB_VAL_BYTES - 1) < 1e-3
         self.dataset = ("sample" if "sample" in Path(h.data_path).name else
                         f"fineweb10B_sp{h.vocab_size}" if official else "proxy")
-        self.text_bytes = table.count(tokens)
         self.tokens = torch.from_numpy(tokens.astype(np.int32)).to(runtime.device)
         batch = min(h.val_batch_size // runtime.world_size, h.micro_batch_tokens)
         self.rows, self.dump = max(1, batch // h.train_seq_len), dict[str, np.ndarray]()
@@ -1153,8 +1120,7 @@ class Evaluator:
         self.hidden, self.losses = (runtime.compile(function, deterministic=True)
                                     for function in (GPT.final_hidden, GPT.losses))
     def last_losses(self, model: GPT, starts: range, scored: int) -> tuple[Tensor, Tensor]:
-        """Positions in the split of the last `scored` targets of the windows that come next, and
-        their losses (B, scored); B is `rows`, which halves where memory runs out."""
+        """Positions and losses (B, scored) of the last targets of the next B = `rows` windows."""
         device, T = self.tokens.device, self.h.train_seq_len
         first = starts.start + starts.step * torch.arange(self.rows, device=device)
         position = first[:, None] + torch.arange(T + 1, device=device)
@@ -1163,15 +1129,14 @@ class Evaluator:
             hidden = self.hidden(model, window[:, :-1])[:, -scored:]
             return position[:, -scored:], self.losses(model, hidden, window[:, -scored:])
         except torch.cuda.OutOfMemoryError:
-            if self.rows == 1:
-                raise RunError(f"evaluation: one window of TRAIN_SEQ_LEN={T} needs more GPU memory "
-                               "than is free; free some, set EVAL_ONLY or RESUME_FROM") from None
+            require(self.rows > 1, f"evaluation: one window of TRAIN_SEQ_LEN={T} needs more GPU "
+                    "memory than is free; free some, set EVAL_ONLY or RESUME_FROM")
             self.rows //= 2
         return self.last_losses(model, starts, scored)  # here the exception holds no tensors
     @torch.no_grad()
     def score(self, model: GPT, stride: int = 0, log: RunLog | None = None) -> Score:
         """Plain (stride 0) or sliding windows over the whole split; with `log`, tells how far."""
-        began, shown, T, end = time.perf_counter(), -1.0, self.h.train_seq_len, self.targets
+        began, T, end = time.perf_counter(), self.h.train_seq_len, self.targets
         # Going on past the end of a range gives windows that score nothing: they fill a batch.
         groups = [(range(0, end, T), T)] if stride in (0, T) else [
             (range(0, end, end), T), (range(stride, max(end - T, 0) + stride, stride), stride)]
@@ -1184,8 +1149,11 @@ class Evaluator:
                 nats[position.clamp(max=end + 1)] = losses.double()
                 nats[0] += (position <= end).sum()
                 left = left[len(losses) :]
-                if log and len(mine) > 1:  # not for the first sliding window, a group by itself
-                    shown = show_progress(log, 1 - len(left) / len(mine), began, shown)
+                spent, share = time.perf_counter() - began, 1 - len(left) / len(mine)
+                # Not for the first sliding window, a group by itself, nor in all of 10 s.
+                if log and len(mine) > 1 and spent > max(2, 10 * share):
+                    log.progress(f"eval:{share:.0%} seconds:{spent:.0f} "
+                                 f"left:{spent / share - spent:.0f}", share)
         nats = self.runtime.sum(nats)
         assert int(nats[0]) == end, f"scored {nats[0]} tokens, expected {end}"
         if log and self.h.eval_dump:
@@ -1203,10 +1171,9 @@ class Evaluator:
 def batch_layout(h: Hyperparameters, world_size: int) -> tuple[int, int, int]:
     """(sequences a step, sequences a rank, micro-batches a rank).  Raises RunError if uneven."""
     sequences = h.train_batch_tokens // h.train_seq_len
-    if sequences % world_size:
-        raise RunError(f"TRAIN_BATCH_TOKENS={h.train_batch_tokens}: {sequences} sequences do not "
-                       f"divide over {world_size} ranks; set a multiple of {h.train_seq_len} x "
-                       f"{world_size} or change --nproc_per_node")
+    require(sequences % world_size == 0, f"TRAIN_BATCH_TOKENS={h.train_batch_tokens}: {sequences} "
+            f"sequences do not divide over {world_size} ranks; set a multiple of "
+            f"{h.train_seq_len} x {world_size} or change --nproc_per_node")
     local, most = sequences // world_size, h.micro_batch_tokens // h.train_seq_len
     micro = next(n for n in range(1, local + 1) if local % n == 0 and local // n <= most)
     return sequences, local, micro
@@ -1224,7 +1191,6 @@ def capture(function: Callable[..., Any], *held: Tensor) -> Callable[..., Any]:
         graph.replay()
         return results
     return replay
-
 def load_model(h: Hyperparameters, runtime: Runtime, state: Mapping[str, Tensor],
                kernels: Kernels) -> GPT:
     """A fresh model with the given float32 weights as working weights."""
@@ -1293,9 +1259,11 @@ class Trainer:
 class StepQueue:
     """The training clock in seconds, and the steps in flight, at most two ahead of the device: it
     never waits for Python, and what is read here is of finished steps, so reading is free."""
-    def __init__(self, h: Hyperparameters, log: RunLog, device: torch.device):
-        self.h, self.log, self.device, self.last_loss = h, log, device, math.nan
-        self.total, self.began = 0.0, math.inf  # not begun
+    def __init__(self, evaluator: Evaluator, log: RunLog):
+        self.h, self.log, self.runtime = evaluator.h, log, evaluator.runtime
+        self.bpb_per_nat = evaluator.targets / evaluator.text_bytes / math.log(2)
+        self.fault, self.losses = "", collections.deque[float](maxlen=5)  # the last finite ones
+        self.total, self.began, self.pace = 0.0, math.inf, 0.0  # not begun; seconds a step
         self.flights = collections.deque[tuple[int, Tensor, Any]]()  # step, host loss, end event
         self.ends = collections.deque[float](maxlen=17)  # clock at the latest ends
     def start(self) -> None:
@@ -1303,36 +1271,48 @@ class StepQueue:
         self.began = time.perf_counter()
     def stop(self) -> None:  # when the device has done everything
         self.land()
-        if self.device.type == "cuda":
+        if self.runtime.device.type == "cuda":
             torch.cuda.synchronize()
         self.total, self.began = self.elapsed(), math.inf
     def elapsed(self) -> float:
         return self.total + max(0.0, time.perf_counter() - self.began)
     def push(self, step: int, loss: Tensor) -> None:
-        done = torch.cuda.Event() if self.device.type == "cuda" else None
+        done = torch.cuda.Event() if self.runtime.device.type == "cuda" else None
         if done:
             loss = torch.empty((), pin_memory=True).copy_(loss, non_blocking=True)
             done.record()
         self.flights.append((step, loss, done))
         self.land(in_flight=2 if done else 0)
     def land(self, in_flight: int = 0) -> None:
-        """Waits until at most so many steps are queued; RunError if a loss is not finite."""
+        """Waits until at most so many steps are queued; a loss that is not finite is a fault."""
         while len(self.flights) > in_flight:
             step, on_host, done = self.flights.popleft()
             if done:
                 done.synchronize()
             loss = float(on_host)
             self.ends.append(self.elapsed())
+            self.pace = (self.ends[-1] - self.ends[0]) / max(1, len(self.ends) - 1)
             if not math.isfinite(loss):
-                raise RunError(f"step {step}: the loss is {loss} (last finite: {self.last_loss:.4f}"
-                               "); lower MATRIX_LR, EMBED_LR or SCALAR_LR")
-            self.last_loss = loss
+                before = ", ".join(f"{value:.4f}" for value in self.losses)
+                self.fault = self.fault or f"step {step}: the loss is {loss} (before: {before})"
+                continue
+            self.losses.append(loss)
             if step <= 10 or step % self.h.train_log_every == 0:
                 self.report(step, f"train_loss:{loss:.4f}", self.ends[-1])
+            elif self.log.terminal and int(self.ends[-1]) > int(self.ends[-2]):  # each second
+                self.log.progress(self.status(step, loss))
     def projected(self, more: int) -> float:
         """Clock at which the device will have finished what is queued and `more` steps."""
-        recent = (self.ends[-1] - self.ends[0]) / (len(self.ends) - 1) if len(self.ends) > 1 else 0
-        return self.elapsed() + (len(self.flights) + more) * recent
+        return self.elapsed() + (len(self.flights) + more) * self.pace
+    def status(self, step: int, loss: float) -> str:
+        """For a terminal; bpb as if training tokens stood for as many bytes as validation's."""
+        h, where, rate = self.h, self.runtime, self.h.train_batch_tokens / self.pace
+        left = self.ends[-1] / progress_of(h, step, self.ends[-1]) - self.ends[-1]
+        # Per token 6 a weight and attention's causal half; an H100 SXM does 989e12 in bfloat16.
+        flops = 6 * rate * (h.parameters() + h.num_layers * h.train_seq_len * h.model_dim)
+        mfu = f"MFU:{flops / 989e12 / where.world_size:.0%} " if where.device.type != "cpu" else ""
+        return (f"step:{step}/{h.iterations} loss:{loss:.4f} bpb:{loss * self.bpb_per_nat:.3f} "
+                f"{self.pace * 1e3:.1f}ms {rate:,.0f} tokens/s {mfu}left:{left:.0f}s")
     def report(self, step: int, what: str, clock: float) -> None:  # as the challenge prints it
         self.log(f"step:{step}/{self.h.iterations} {what} train_time:{clock * 1e3:.0f}ms "
                  f"step_avg:{clock * 1e3 / step:.2f}ms")
@@ -1347,13 +1327,13 @@ def train(h: Hyperparameters, runtime: Runtime, log: RunLog, evaluator: Evaluato
     first = runtime.rank * trainer.local
     loader = prefetch(plan, range(first, first + trainer.local), h.vocab_size, runtime.device)
     optimizer, average, step, qat_steps, progress = trainer.optimizer, trainer.average, 0, 0, 0.0
-    queue = StepQueue(h, log, runtime.device)
+    queue = StepQueue(evaluator, log)
     signals: list[int] = []  # that came while training
     handlers = {number: signal.signal(number, lambda number, _: signals.append(number))
                 for number in (signal.SIGINT, signal.SIGTERM)}
     runtime.agree_on(None)  # all ranks are ready
     queue.start()
-    while step < h.iterations:
+    while step < h.iterations and not queue.fault:
         # Rank 0's clock is everybody's; the second step ahead is margin.
         ends, elapsed, stop = runtime.agree_on((queue.projected(2), queue.elapsed(), len(signals)))
         if step and (stop or 0 < h.max_wallclock_seconds < ends):
@@ -1373,21 +1353,26 @@ def train(h: Hyperparameters, runtime: Runtime, log: RunLog, evaluator: Evaluato
             qat_steps += 1
         loss = trainer.train_step(next(loader), lr * min(1.0, step / (h.lr_warmup_steps or 1)),
                                   h.decay_per_run * (progress - before))
-        if lr < h.swa_threshold:
+        if lr < h.swa_threshold or step % h.train_log_every == 0:  # the latter in case of a fault
             average.update(optimizer.masters())
+        average.count *= lr < h.swa_threshold
         queue.push(step, loss)
     queue.stop()
     loader.close()
     for number, handler in handlers.items():
         signal.signal(number, handler)
-    facts = {"step_stop": step, "wallclock_seconds": round(queue.total, 3),
-             "step_avg_ms": round(queue.total * 1e3 / step, 3), "final_train_loss": queue.last_loss,
-             "qat_steps": qat_steps, "swa_steps": average.count, "interrupted": bool(stop),
-             "graphs_compiled_on_clock": stats["unique_graphs"] - graphs}
-    log("training " + " ".join(f"{k}:{v}" for k, v in facts.items()))
-    trained = optimizer.gather(optimizer.masters())
-    averaged = optimizer.gather(average.mean) if average.count else trained
-    return {"trained": trained, "averaged": averaged}, facts
+    facts = dict[str, Any](
+        step_stop=step, wallclock_seconds=round(queue.total, 3), seed=h.seed, qat_steps=qat_steps,
+        step_avg_ms=round(queue.total * 1e3 / step, 3), swa_steps=average.count,
+        train_shards=len(plan.shards), train_tokens=sum(map(len, plan.shards)),
+        final_train_loss=queue.losses[-1] if queue.losses else None, interrupted=bool(stop),
+        graphs_compiled_on_clock=stats["unique_graphs"] - graphs, fault=queue.fault)
+    log("training " + " ".join(f"{k}:{v}" for k, v in facts.items() if v != ""))
+    trained, mean = map(optimizer.gather, (optimizer.masters(), average.mean))
+    if queue.fault:  # what was averaged or copied last, if a step's weights are in it and finite
+        finite = step > h.train_log_every and all(w.isfinite().all() for w in mean.values())
+        return {"averaged": mean} if finite else {}, facts
+    return {"trained": trained, "averaged": mean if average.count else trained}, facts
 
 # ---- 13. Report and main ------------------------------------------------------------------------
 def environment_facts(runtime: Runtime) -> dict[str, Any]:
@@ -1397,33 +1382,12 @@ def environment_facts(runtime: Runtime) -> dict[str, Any]:
     return {"hardware": f"{runtime.world_size} x {device}" if cuda else device,
             "python": sys.version.split()[0], **{m.__name__: m.__version__ for m in modules},
             "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version() if cuda else None}
-
-def submission(evaluator: Evaluator, hardware: str, scores: Mapping[str, Score],
-               facts: Mapping[str, Any], size: int) -> dict[str, Any]:
-    """The content of submission.json; `size` is the artifact's, without the code."""
-    h, plain, best = evaluator.h, scores["packed"], scores.get("sliding", scores["packed"])
-    code = SOURCE.stat().st_size
-    result = {"val_loss": best.loss, "val_bpb": best.bpb, "val_bpb_roundtrip": plain.bpb}
-    return {
-        "author": h.author, "github_id": h.github_id, "name": h.run_id,
-        "blurb": f"{h.num_layers}L x {h.model_dim}, XSA, VE, SmearGate, Muon, SWA, late QAT, int6",
-        "date": time.strftime("%Y-%m-%d"), "track": "10min_16mb", "dataset": evaluator.dataset,
-        "hardware": hardware, "pytorch_version": torch.__version__, "model_params": h.parameters(),
-        **result, **{f"{s}_val_bpb": scores[s].bpb for s in ("trained", "averaged") if s in scores},
-        "eval_stride": h.eval_stride, "val_tokens": plain.tokens,
-        "bytes_total": code + size, "bytes_code": code, "bytes_model_int6_zstd": size, **facts,
-        "eval_time_seconds": round(sum(s.seconds for s in scores.values()), 3),
-        "seeds": [h.seed], "seed_results": {str(h.seed): {
-            **result, "artifact_bytes": code + size, "steps": facts.get("step_stop"),
-            "step_avg_ms": facts.get("step_avg_ms")}}}
-
 def checked_state(h: Hyperparameters, architecture: Mapping[str, Any], where: str) -> None:
     """Raises RunError if an artifact or checkpoint is of another architecture than `h`."""
     for name in ARCHITECTURE:
-        if (found := architecture.get(name)) != (expected := getattr(h, name)):
-            raise RunError(f"{where}: holds {name}={found}, expected {expected}; set "
-                           f"{name.upper()}={found}")
-
+        found, expected = architecture.get(name), getattr(h, name)
+        require(found == expected, f"{where}: holds {name}={found}, expected {expected}; set "
+                f"{name.upper()}={found}")
 def read_file(path: str | Path, variable: str, runtime: Runtime) -> bytes:
     """Read by rank 0 for all ranks: other nodes need no copy."""
     try:
@@ -1448,39 +1412,32 @@ def obtain_weights(h: Hyperparameters, runtime: Runtime, log: RunLog, evaluator:
                      h.train_batch_tokens // h.train_seq_len, h.seed)
     stages, facts = train(h, runtime, log, evaluator, Trainer(h, runtime, kernels), plan)
     path = Path(h.output_dir) / "final_model.partial.pt"
-    if runtime.rank == 0:
+    if runtime.rank == 0 and stages:
         torch.save({"architecture": {n: getattr(h, n) for n in ARCHITECTURE}, "facts": facts,
                     "stages": stages}, content := io.BytesIO())
         write_atomic(path, content.getvalue())
+    if fault := facts["fault"]:
+        kept = f"RESUME_FROM={path} scores earlier weights" if stages else "no finite weights left"
+        raise RunError(f"{fault}; lower MATRIX_LR, EMBED_LR or SCALAR_LR; {kept}")
     if facts["interrupted"] and h.on_interrupt == "save":
         raise RunError(f"interrupted at step {facts['step_stop']}: RESUME_FROM={path} scores it")
     return stages, facts
 
-def with_sample(h: Hyperparameters) -> Hyperparameters:
-    """DATA_PATH=sample becomes the paths of the built-in corpus, which is built if missing."""
-    if h.data_path == "sample":
-        from prepare_data import build_sample
-        data, tokenizer = build_sample(SOURCE.parent / "data", h.vocab_size)
-        h = dataclasses.replace(h, data_path=str(data), tokenizer_path=str(tokenizer))
-    return h
-
 def run(h: Hyperparameters, runtime: Runtime) -> None:
     """The stages: data -> train -> save -> pack -> score what is on disk -> report."""
     batch_layout(h, runtime.world_size)  # refuses what does not divide
-    if h.eval_dump and runtime.rank == 0 and not Path(h.eval_dump).absolute().parent.is_dir():
-        raise RunError(f"EVAL_DUMP={h.eval_dump}: expected a file in a folder that exists; make it")
+    require(not h.eval_dump or runtime.rank or Path(h.eval_dump).absolute().parent.is_dir(),
+            f"EVAL_DUMP={h.eval_dump}: expected a file in a folder that exists; make it")
     tokens, out = np.concatenate(open_split(h.data_path, "val")), Path(h.output_dir)
     check_vocabulary(tokens, h.vocab_size, f"{h.data_path}/fineweb_val_*.bin")
     evaluator = Evaluator(h, runtime, tokens, load_byte_table(h.tokenizer_path, h.vocab_size))
     # Opened only now, so that a run which cannot start leaves the last one's log alone.
-    kind = "eval" if h.eval_only else "resume" if h.resume_from else "train"
-    log = RunLog(out / f"{kind}.partial.log" if runtime.rank == 0 else None)
-    environment, settings = environment_facts(runtime), json.dumps(dataclasses.asdict(h), indent=1)
-    log(f"{SOURCE.read_text()}\n{'=' * 80}\n{settings}", quiet=True)
-    dataset = f"dataset:{evaluator.dataset}"
-    log(f"{json.dumps(environment)}\n{dataset} val_tokens:{evaluator.targets} "
-        f"val_bytes:{evaluator.text_bytes} model_params:{h.parameters()} "
-        f"world_size:{runtime.world_size} seed:{h.seed}")
+    kind = "eval" if h.eval_only else "resume" if h.resume_from else f"train_seed{h.seed}"
+    log = RunLog(out / f"{kind}.partial.log" if runtime.rank == 0 else None,
+                 f"{SOURCE.read_text()}\n{'=' * 80}\n{json.dumps(asdict(h), indent=1)}\n")
+    log(f"{json.dumps(environment := environment_facts(runtime))}\ndataset:{evaluator.dataset} "
+        f"val_tokens:{evaluator.targets} val_bytes:{evaluator.text_bytes} "
+        f"model_params:{h.parameters()} world_size:{runtime.world_size} seed:{h.seed}")
     kernels, scores, facts = choose_kernels(h, runtime, log), dict[str, Score](), dict[str, Any]()
     def score(stage: str, model: GPT, label: str, stride: int = 0) -> None:
         scores[stage] = evaluator.score(model, stride, log)
@@ -1505,12 +1462,16 @@ def run(h: Hyperparameters, runtime: Runtime) -> None:
     if h.eval_dump and runtime.rank == 0:
         np.savez(archive := io.BytesIO(), **evaluator.dump)  # type: ignore[arg-type]
         write_atomic(Path(h.eval_dump), archive.getvalue())
-    report = submission(evaluator, environment["hardware"], scores, facts, len(content))
-    if runtime.rank == 0 and not h.eval_only:
-        write_atomic(out / "submission.json", (json.dumps(report, indent=2) + "\n").encode())
-    log(f"peak_gpu_memory:{torch.cuda.max_memory_reserved() / 2**30:.2f}GiB")
-    log(f"val_bpb:{report['val_bpb']:.8f} {dataset} bytes_total:{report['bytes_total']} "
-        f"(code {report['bytes_code']} + model {len(content)}, cap {h.artifact_bytes})")
+    if log.path and not h.eval_only:
+        with contextlib.suppress(ModuleNotFoundError):  # this file alone trains and scores as well
+            from record import add_result  # writes submission.json for all seeds of the folder
+            add_result(out, log, evaluator, environment, facts, scores, len(content))
+    code, size, best = SOURCE.stat().st_size, len(content), scores.get("sliding", scores["packed"])
+    log(f"peak_gpu_memory:{torch.cuda.max_memory_reserved() / 2**30:.2f}GiB\n"
+        f"val_bpb:{best.bpb:.8f} dataset:{evaluator.dataset} bytes_total:{code + size} "
+        f"(code {code} + model {size}, cap {h.artifact_bytes})")
+    if log.path and log.path.name.startswith("train"):
+        write_atomic(out / "train.log", log.path.read_bytes())
     for path in filter(None, partial if runtime.rank == 0 else ()):  # now it may replace older ones
         os.replace(path, path.with_name(path.name.replace(".partial", "")))
 
@@ -1518,7 +1479,10 @@ def main() -> None:
     """Exits with 0, or with 1 and one message on stderr."""
     try:
         h = Hyperparameters.from_env(os.environ)
-        run(with_sample(h), Runtime.start(h, os.environ))
+        if h.data_path == "sample":
+            from prepare_data import with_sample
+            h = with_sample(h)  # the paths of the built-in corpus, which is built if missing
+        run(h, Runtime.start(h, os.environ))
         if dist.is_initialized():
             dist.destroy_process_group()
     except (RunError, OSError, RuntimeError, KeyboardInterrupt) as error:

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 import train_gpt as tg
+from prepare_data import with_sample
 
 REPO = Path(__file__).resolve().parents[1]
 HEADER = ("| run | settings | prediction | trained | averaged | packed | against the first "
@@ -60,7 +61,7 @@ class Result(NamedTuple):
 def run_variant(variant: Variant, kernels: list[tg.Kernels]) -> Result:
     """Trains, packs and scores one variant.  `kernels` keeps those of the first: with others, their
     graphs could not be shared."""
-    h = tg.with_sample(tg.Hyperparameters.from_env({**os.environ, **variant.overrides}))
+    h = with_sample(tg.Hyperparameters.from_env({**os.environ, **variant.overrides}))
     runtime = tg.Runtime.start(h, {})
     log = tg.RunLog(Path(h.output_dir) / f"ablate_{re.sub(r'[^a-z0-9]+', '_', variant.name)}.log")
     tokens = np.concatenate(tg.open_split(h.data_path, "val"))

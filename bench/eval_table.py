@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 import train_gpt as tg
+from prepare_data import with_sample
 
 
 def bytes_of(tokens: np.ndarray, table: tg.ByteTable) -> np.ndarray:
@@ -52,7 +53,7 @@ def table_by(title: str, groups: np.ndarray, nats: Mapping[str, np.ndarray],
 
 
 def main(path: str) -> None:
-    h = tg.with_sample(tg.Hyperparameters.from_env(os.environ))
+    h = with_sample(tg.Hyperparameters.from_env(os.environ))
     tokens = np.concatenate(tg.open_split(h.data_path, "val"))
     text_bytes = bytes_of(tokens, tg.load_byte_table(h.tokenizer_path, h.vocab_size))
     with np.load(path) as saved:

@@ -28,6 +28,7 @@ import zstandard
 from torch import Tensor
 
 import train_gpt as tg
+from prepare_data import with_sample
 
 
 def header_of(artifact: bytes) -> dict[str, Any]:
@@ -86,7 +87,7 @@ def main(path: str, budgets: list[float]) -> None:
         print(table(content))
         return
     saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    h = dataclasses.replace(tg.with_sample(tg.Hyperparameters.from_env(os.environ)),
+    h = dataclasses.replace(with_sample(tg.Hyperparameters.from_env(os.environ)),
                             **saved["architecture"])
     runtime = tg.Runtime.start(h, {})
     trained = {name: w.to(runtime.device).float()

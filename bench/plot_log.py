@@ -101,8 +101,10 @@ def draw(curves: Curves, picture: Path) -> None:
     scales = lr_at(curves)
     lr.plot(seconds, scales, color="tab:green")
     lr.set(ylabel="lr scale", ylim=(0, 1.05))
-    speed.plot(*zip(*step_times(curves), strict=True), ".-", color="tab:red")
-    speed.set(ylabel="ms per step", xlabel="training clock, s", ylim=(0, None))
+    times = step_times(curves)
+    speed.plot(*zip(*times, strict=True), ".-", color="tab:red")
+    speed.set(ylabel="ms per step", xlabel="training clock, s",
+              ylim=(0, 1.15 * max(ms for _, ms in times)))
     for axis in (loss, lr, speed):
         axis.grid(alpha=0.3)
         axis.axvspan(averaging_began(curves), seconds[-1], alpha=0.12, color="tab:blue")

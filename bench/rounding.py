@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import train_gpt as tg
+from prepare_data import with_sample
 
 Weights = dict[str, Tensor]
 
@@ -165,7 +166,7 @@ def by_fisher(h: tg.Hyperparameters, weights: Weights, size: float,
 
 def main(path: str, ways: list[str], steps: list[float], calibration: int, scored: int) -> None:
     saved = torch.load(path, map_location="cpu", weights_only=True)
-    h = dataclasses.replace(tg.with_sample(tg.Hyperparameters.from_env(os.environ)),
+    h = dataclasses.replace(with_sample(tg.Hyperparameters.from_env(os.environ)),
                             **saved["architecture"])
     weights = {name: w.float() for name, w in saved["stages"]["averaged"].items()}
     plan = tg.BatchPlan(tg.open_split(h.data_path, "train"), h.train_seq_len, calibration, 1)

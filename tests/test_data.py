@@ -14,6 +14,7 @@ import support
 import torch
 
 import train_gpt
+from prepare_data import with_sample
 from train_gpt import BatchPlan, RunError, load_byte_table, open_split, prefetch, read_shard
 
 BOS = 1
@@ -440,7 +441,7 @@ def test_a_split_of_one_token_has_no_bytes(tokenizer: Path) -> None:
 
 
 def test_the_bytes_of_the_sample_are_those_of_its_decoded_documents() -> None:
-    h = train_gpt.with_sample(train_gpt.Hyperparameters(data_path="sample"))  # built if missing
+    h = with_sample(train_gpt.Hyperparameters(data_path="sample"))  # built if missing
     (tokens,) = open_split(h.data_path, "val")
     sp = sentencepiece.SentencePieceProcessor(model_file=h.tokenizer_path)
     starts = np.flatnonzero(tokens == BOS)

@@ -1,7 +1,9 @@
 """What the words say is what the files hold: numbers, commands, sizes, defaults."""
 
 import dataclasses
+import errno
 import json
+import os
 import re
 from typing import Any
 
@@ -74,6 +76,24 @@ def test_every_name_in_the_readme_exists() -> None:
     named = set(re.findall(r"`([A-Z][A-Z_]{3,})`", settings))
     assert len(named) > 15
     assert named <= fields
+
+
+def test_every_message_in_the_readme_is_one_of_the_program() -> None:
+    joined = re.sub(r'"\s*\n\s*f?"', "", SOURCE + (REPO / "record.py").read_text())
+    joined = re.sub(r"\{[^{}\n]*\}", "...", joined.replace("{', '.join(other[:5])}", "..."))
+    system = {os.strerror(errno.ENOSPC), os.strerror(errno.EACCES), "CUDA out of memory"}
+    table = README.split("## Messages and remedies")[1].split("## Lineage")[0]
+    cells = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    messages = [message for cell in cells for message in re.findall(r"`([^`]+)`", cell)]
+    assert len(messages) > 20
+    absent = [m for m in messages if m not in system and any(
+        part.strip() not in joined for part in m.split("..."))]  # fmt: skip
+    assert absent == []
+
+
+def test_the_picture_of_the_readme_is_there_and_small() -> None:
+    (picture,) = re.findall(r"!\[[^\]]*\]\((\S+)\)", README)
+    assert 10_000 < (REPO / picture).stat().st_size < 150_000
 
 
 def test_the_program_stays_one_readable_file() -> None:

@@ -11,6 +11,8 @@ from support import REPO, train_gpt
 sys.path.insert(0, str(REPO / "bench"))
 import eval_table  # noqa: E402
 
+import prepare_data
+
 TOKENS = np.array([5, 1, 7, 8, 9, 1, 4, 1, 6, 6, 7, 5, 9], dtype=np.uint16)
 IDS = np.arange(10)
 TABLE = train_gpt.ByteTable((IDS % 3 + 1) * (IDS > 3), IDS % 2 == 0, IDS <= 3)
@@ -54,7 +56,7 @@ def run(dump: Path, losses: int) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_tables_of_a_dump_of_the_sample(tmp_path: Path) -> None:
-    h = train_gpt.with_sample(train_gpt.Hyperparameters(data_path="sample"))
+    h = prepare_data.with_sample(train_gpt.Hyperparameters(data_path="sample"))
     tokens = np.concatenate(train_gpt.open_split(h.data_path, "val"))
     done = run(tmp_path / "losses.npz", len(tokens) - 1)
     assert done.returncode == 0, done.stderr

@@ -93,6 +93,31 @@ def test_on_a_cpu_the_plain_layers_are_chosen_and_the_log_says_why() -> None:
     assert any("plain layers" in line and "CPU" in line for line in lines)
 
 
+def test_on_cuda_the_first_attention_that_is_correct_is_chosen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*_: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("No available kernel")
+
+    def wrong(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return tg.sdpa()(q, k, v) * 1.05
+
+    h, lines, right = support.tiny(), list[str](), tg.sdpa()
+    error, cpu = tg.attention_error, torch.device("cpu")
+    monkeypatch.setattr(tg, "attention_error", lambda h, f, device: error(h, f, cpu))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    runtime = tg.Runtime(torch.device("cuda"))
+    found = {"refused": refuse, "wrong": wrong, "right": right, "next": tg.sdpa()}
+    monkeypatch.setattr(tg, "attention_candidates", lambda: found)
+    kernels = tg.choose_kernels(h, runtime, lines.append)  # type: ignore[arg-type]
+    assert kernels == tg.Kernels(right)
+    assert "refused (RuntimeError: No available kernel)" in lines[0]
+    assert lines[-1] == "attention:right, plain layers" and not any("next" in x for x in lines)
+    del found["right"], found["next"]
+    with pytest.raises(tg.RunError, match="no kernel is correct.*DEVICE=cpu"):
+        tg.choose_kernels(h, runtime, lines.append)  # type: ignore[arg-type]
+
+
 COMPILE_FOR_HOPPER = """
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
@@ -108,7 +133,7 @@ def report(kernel, signature, constants, **options):
 m, n, k = tg.RELU2_TILE
 blocks = {"a_desc": (m, k), "b_desc": (n, k), "post_desc": (m, n // 4), "out_desc": (m, n // 4)}
 products = {name: f"tensordesc<bf16[{r}, {c}]>" for name, (r, c) in blocks.items()}
-heads = dict(HALF=8, H=8, K=4, E=64, ROWS=tg.HEAD_ROWS)
+heads = dict(HALF=16, H=4, K=2, E=128, ROWS=tg.HEAD_ROWS)
 for BACKWARD in (False, True):
     report(tg.linear_relu2_kernel, products | {"scales": "*fp32"}, dict(BACKWARD=BACKWARD),
            num_warps=8, num_stages=4)

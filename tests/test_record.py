@@ -14,7 +14,8 @@ import numpy as np
 import sentencepiece
 from support import REPO, write_shard
 
-FOLDER = ["README.md", "requirements.txt", "submission.json", "train.log", "train_gpt.py"]
+FOLDER = ["README.md", "record.py", "requirements.txt", "submission.json", "train.log",
+          "train_gpt.py"]  # fmt: skip
 SMALL = dict(  # everything else is the card's
     VOCAB_SIZE=300, NUM_LAYERS=4, MODEL_DIM=64, NUM_HEADS=4, NUM_KV_HEADS=2, MLP_HIDDEN=96,
     ROPE_DIMS=8, XSA_LAYERS=2, VE_DIM=16, TRAIN_SEQ_LEN=64, TRAIN_BATCH_TOKENS=512, ITERATIONS=3,
@@ -73,7 +74,7 @@ def test_the_program_imports_only_what_the_requirements_name() -> None:
     required = set(re.findall(r"^(\w+)[<>=]", (REPO / "requirements.txt").read_text(), re.M))
     assert required == {"torch", "numpy", "sentencepiece", "zstandard"}
     # Triton comes with torch; FlashAttention and the sample's builder are used where they exist.
-    allowed = required | {"triton", "flash_attn_interface", "prepare_data"}
+    allowed = required | {"triton", "flash_attn_interface", "prepare_data", "record"}
     packages = {name.split(".")[0] for name in imported} - set(sys.stdlib_module_names)
     assert packages <= allowed, packages - allowed
 

@@ -39,6 +39,7 @@ SUBMISSION_KEYS = [
 ]
 EARLIER = '{"of": "an earlier run"}'
 RESULTS = ["train.log", "submission.json", "final_model.pt", "final_model.ptz"]
+TWICE = dict(TRAIN_BATCH_TOKENS=1024)
 SEED_KEYS = ["val_loss", "val_bpb", "val_bpb_roundtrip", "artifact_bytes", "steps", "step_avg_ms"]
 # fmt: on
 
@@ -236,6 +237,10 @@ def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
     launcher.start(
         "alone", after="one", script=folder / "script/train_gpt.py", DATA_PATH=shard.parent,
         EVAL_ONLY=trained / "final_model.ptz")  # fmt: skip
+    seeds = dict(OUTPUT_DIR=folder / "seeds", ITERATIONS=6, BASELINE_LOSS="9.1,9.2,9.15")
+    launcher.start("seed 1", SEED=1, **seeds)
+    launcher.start("seed 2", after="seed 1", SEED=2, **seeds)
+    launcher.start("seed 3, another batch", after="seed 2", SEED=3, **seeds | TWICE)
     launcher.start("other", after="one", EVAL_ONLY=trained / "final_model.ptz", NUM_LAYERS=5)
     long: dict[str, Any] = dict(ITERATIONS=100_000, VAL_LOSS_EVERY=0)
     launcher.start("interrupted", strike=terminate, **long)
@@ -272,7 +277,7 @@ def test_a_run_ends_well_and_leaves_its_files(finished: Get, name: str) -> None:
     run = finished(name)
     assert run.status == 0, run.stderr
     assert run.errors == [] and "Traceback" not in run.stderr
-    for file in RESULTS:
+    for file in (*RESULTS, "train_seed1337.log", "result_seed1337.json"):
         assert (run.folder / file).stat().st_size > 0, file
     assert not list(run.folder.glob("*.tmp"))
 
@@ -428,6 +433,60 @@ def test_a_capped_run_ends_inside_its_cap(finished: Get) -> None:
     report = run.report
     assert 1.0 < report["wallclock_seconds"] <= 2.0 + 2 * report["step_avg_ms"] / 1e3
     assert 12 < report["step_stop"] < 100_000
+
+
+# Several seeds
+
+
+def test_a_second_seed_is_merged_into_the_submission(finished: Get) -> None:
+    first, second = finished("seed 1"), finished("seed 2")
+    assert second.status == 0, second.stderr
+    assert first.report["seeds"] == [1] and second.report["seeds"] == [1, 2]
+    both = second.report["seed_results"]
+    assert both["1"] == first.report["seed_results"]["1"]
+    for key in ("val_loss", "val_bpb"):
+        values = [both[seed][key] for seed in "12"]
+        assert len(set(values)) == 2, "both seeds gave the same model"
+        assert second.report[key] == pytest.approx(np.mean(values))
+        assert second.report[f"{key}_std"] == pytest.approx(np.std(values, ddof=1))
+    sizes = [both[seed]["artifact_bytes"] for seed in "12"]
+    assert second.report["artifact_bytes_mean"] == np.mean(sizes)
+    assert second.report["artifact_bytes_max"] == max(sizes)
+    assert second.report["record"] is True and second.report["p_value"] < 0.01
+    assert second.score("val_bpb:") == pytest.approx(both["2"]["val_bpb"], abs=1e-8)
+
+
+def test_every_seed_keeps_its_log_and_train_log_is_the_latest(finished: Get) -> None:
+    last = finished("seed 3, another batch")
+    logs = {n: (last.folder / f"train_seed{n}.log").read_text() for n in (1, 2, 3)}
+    for seed, log in logs.items():
+        assert f'"seed": {seed},' in log and "final_int6_zstd_sliding_exact" in log
+    assert logs[3] == (last.folder / "train.log").read_text()
+    assert not list(last.folder.glob("*.partial.*"))
+
+
+def test_a_run_with_other_settings_is_not_merged_and_says_so(finished: Get) -> None:
+    run = finished("seed 3, another batch")
+    assert run.status == 0, run.stderr
+    assert run.report["seeds"] == [3] and "val_bpb_std" not in run.report
+    refused = [line for line in run.log if line.startswith("seeds:")]
+    why = "is of another train_batch_tokens and is not merged"
+    assert refused == [f"seeds: result_seed{n}.json {why}" for n in (1, 2)]
+
+
+def test_the_log_says_what_the_rules_ask_for_and_the_bytes_once(finished: Get) -> None:
+    run = finished("one")
+    (line,) = [line for line in run.log if line.startswith("compliance ")]
+    seed = run.report["seed_results"]["1337"]
+    assert f"train_seconds:{seed['train_seconds']} (<= 600: true)" in line
+    assert f"eval_seconds:{seed['eval_seconds']} (<= 600: true)" in line
+    assert "seeds:1 (>= 3: false)" in line and "train_shards:1 " in line
+    assert f"val_tokens:{run.report['val_tokens']} (FineWeb: false)" in line
+    fits = {name: rule["fits"] for name, rule in run.report["compliance"].items()}
+    assert fits == dict(train_seconds=True, eval_seconds=True, artifact_bytes=True, seeds=False,
+                        val_tokens=False, hardware=False)  # fmt: skip
+    total = str(run.report["bytes_total"])
+    assert [line.startswith("val_bpb:") for line in run.log if total in line] == [True]
 
 
 # Runs that are struck

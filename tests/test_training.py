@@ -5,8 +5,11 @@ After a change that is meant to alter the losses, write the golden file again an
     python tests/test_training.py --regenerate
 """
 
+import dataclasses
 import json
+import math
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -14,6 +17,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -378,22 +382,136 @@ def test_without_averaging_the_averaged_weights_are_the_trained_ones(tmp_path: P
         assert torch.equal(run.stages["averaged"][name], weight)
 
 
+# A loss that is not finite
+
+
+def diverging(
+    monkeypatch: pytest.MonkeyPatch, at: int, bad: float = float("nan"), poison: bool = True
+) -> dict[int, dict[str, Tensor]]:
+    """From step `at` on loss and weights are `bad`; returns the weights after each step."""
+    step, masters = Trainer.train_step, dict[int, dict[str, Tensor]]()
+
+    def failing(self: Trainer, *args: Any) -> Tensor:
+        loss, number = step(self, *args), len(masters) + 1
+        if number >= at:
+            loss = loss + bad
+            for master in self.optimizer.masters().values() if poison else ():
+                master.fill_(bad)
+        masters[number] = {n: t.clone() for n, t in self.optimizer.masters().items()}
+        return loss
+
+    monkeypatch.setattr(Trainer, "warm_up", lambda self, evaluator: None)
+    monkeypatch.setattr(Trainer, "train_step", failing)
+    return masters
+
+
+def obtain(h: Hyperparameters, folder: Path) -> str:
+    """The message with which training ends; `folder` gets its shards and what it saves."""
+    h = dataclasses.replace(h, data_path=str(folder), output_dir=str(folder))
+    write_shard(folder / "fineweb_train_000000.bin", text(3000, 0))
+    runtime, log = cpu_runtime(), train_gpt.RunLog(folder / "train.log")
+    with pytest.raises(RunError) as caught:
+        train_gpt.obtain_weights(h, runtime, log, new_evaluator(h, runtime), train_gpt.Kernels())
+    return str(caught.value)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_loss_that_is_not_finite_ends_the_run_naming_the_step(
+def test_a_loss_that_is_not_finite_ends_the_run_with_its_step_the_losses_before_and_a_state(
     bad: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step, count = Trainer.train_step, iter(range(1, 100))
-    monkeypatch.setattr(Trainer, "warm_up", lambda self, evaluator: None)
-    monkeypatch.setattr(
-        Trainer, "train_step", lambda *a: step(*a) + (bad if next(count) == 4 else 0.0)
+    masters = diverging(monkeypatch, 8, bad)
+    message = obtain(tiny(iterations=12, train_log_every=3), tmp_path)
+    found = re.match(r"step 8: the loss is (nan|inf) \(before: (.*)\); lower MATRIX_LR", message)
+    assert found and len(masters) == 8, message
+    logged = (tmp_path / "train.log").read_text().splitlines()
+    found_losses = [re.match(r"step:\d+/12 train_loss:(\S+)", line) for line in logged]
+    losses = [float(m[1]) for m in found_losses if m]
+    assert [float(part) for part in found[2].split(", ")] == losses[2:7], "the last five"
+    path = tmp_path / "final_model.partial.pt"
+    assert f"RESUME_FROM={path}" in message
+    saved = torch.load(path, weights_only=True)
+    assert set(saved["stages"]) == {"averaged"} and saved["facts"]["fault"] in message
+    for name, weight in saved["stages"]["averaged"].items():
+        assert torch.equal(weight, masters[6][name]), "a copy of every third step is kept"
+
+
+def test_a_loss_that_diverges_while_averaging_leaves_the_average(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If the step's weights, which are in it already, are finite."""
+    masters = diverging(monkeypatch, 7, poison=False)
+    h = tiny(iterations=8, warmdown_fraction=1.0, swa_threshold=0.6, qat_threshold=0.0,
+             train_log_every=2)  # fmt: skip
+    obtain(h, tmp_path)
+    saved = torch.load(tmp_path / "final_model.partial.pt", weights_only=True)
+    assert saved["facts"]["swa_steps"] == 3
+    for name, weight in saved["stages"]["averaged"].items():
+        mean = torch.stack([masters[step][name].double() for step in (5, 6, 7)]).mean(0)
+        torch.testing.assert_close(weight.double(), mean, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("every", "why"), [(200, "before the first copy"), (1, "the copy has taken up the fault")]
+)
+def test_a_state_that_is_not_finite_or_not_trained_is_not_saved(
+    every: int, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    diverging(monkeypatch, 5)
+    message = obtain(tiny(iterations=12, train_log_every=every), tmp_path)
+    assert message.endswith("no finite weights left"), why
+    assert not (tmp_path / "final_model.partial.pt").exists()
+
+
+def test_a_run_that_truly_diverges_is_reported_and_not_packed(tmp_path: Path) -> None:
+    message = obtain(tiny(iterations=50, embed_lr=1e30, scalar_lr=1e30), tmp_path)
+    assert re.match(r"step \d+: the loss is (nan|inf)", message)
+
+
+def test_copies_for_a_fault_change_neither_losses_nor_averages(tmp_path: Path) -> None:
+    scheduled: dict[str, Any] = dict(
+        iterations=8, warmdown_fraction=1.0, swa_threshold=0.6, qat_threshold=0.4
     )
-    with pytest.raises(RunError, match=r"step 4\b.*(nan|inf).*MATRIX_LR"):
-        Run(tiny(iterations=12), tmp_path)
+    runs = [Run(tiny(train_log_every=n, **scheduled), tmp_path / str(n)) for n in (1, 200)]
+    for stage in ("trained", "averaged"):
+        for name, weight in runs[0].stages[stage].items():
+            assert torch.equal(weight, runs[1].stages[stage][name])
+    assert [run.facts["swa_steps"] for run in runs] == [4, 4]
 
 
-def test_a_diverging_run_is_reported_and_not_packed(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"step \d+: the loss is (nan|inf)"):
-        Run(tiny(iterations=50, embed_lr=1e30, scalar_lr=1e30), tmp_path)
+# The line on a terminal
+
+
+def test_on_a_terminal_training_shows_its_progress_and_the_log_stays_as_it_is(
+    tmp_path: Path, clock: FakeClock, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    h = tiny(iterations=60, train_log_every=50)
+    plain = Run(h, tmp_path / "plain")
+    assert "\r" not in capsys.readouterr().out
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    shown = Run(h, tmp_path / "terminal")
+    pattern = (r"step:(\d+)/60 loss:\d\.\d{4} bpb:(\d\.\d{3}) 100\.0ms 2,560 tokens/s "
+               r"left:(\d)s")  # fmt: skip
+    lines = re.findall(r"\033\[K([^\r\n]*)\r", capsys.readouterr().out)
+    matches = [re.fullmatch(pattern, line) for line in lines]
+    assert len(lines) >= 4 and all(matches), lines
+    for match in matches:
+        assert match and int(match[3]) == round((60 - int(match[1])) / 10)
+    assert shown.lines == plain.lines
+    assert not any("tokens/s" in line for line in shown.lines)
+
+
+def test_the_progress_line_counts_the_flops_of_the_model() -> None:
+    """The card at 66.6 ms a step of 98,304 tokens: 326 TFLOP/s are a third of an H100's 989."""
+    h = Hyperparameters(train_batch_tokens=98_304, iterations=1600)
+    evaluator = SimpleNamespace(h=h, targets=1000, text_bytes=2600,
+                                runtime=Runtime(torch.device("cuda")))  # fmt: skip
+    queue = train_gpt.StepQueue(evaluator, train_gpt.RunLog(None))  # type: ignore[arg-type]
+    queue.ends.append(66.6)
+    queue.pace = 0.0666
+    line = queue.status(1000, 2.0)
+    assert "MFU:33% left:40s" in line and "1,476,036 tokens/s" in line
+    assert f"bpb:{2 / math.log(2) / 2.6:.3f}" in line
 
 
 # Legality
