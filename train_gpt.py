@@ -66,7 +66,7 @@ SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 256 * 4
 BOS_ID, SPACE = 1, "\u2581"  # start of every document; SentencePiece's mark of a leading space
 ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGOLFGPT", 1
 FINEWEB_VAL_BYTES = 151_080_363  # of the published split: pg#543's tokens * loss / ln 2 / bpb
-GET_DATA = "fetch or build it with `python prepare_data.py fineweb`, or set DATA_PATH=sample"
+GET_DATA = "`python prepare_data.py fineweb --vocab VOCAB_SIZE` gets it; or set DATA_PATH=sample"
 SOURCE = Path(__file__).resolve()
 
 class RunError(Exception):
@@ -833,7 +833,7 @@ def muon_update(grad: Tensor, bank: Bank, clip: Tensor, lr: Tensor, beta: Tensor
     """In-place Nesterov momentum, orthogonalisation and decoupled decay of a shard (n, R, C).  As
     in NorMuon (Li et al., 2025), each neuron's update is divided by its root mean square over the
     last steps, and each matrix's keeps its norm."""
-    g = grad.float() * clip
+    g = grad.float().nan_to_num(0, 0, 0) * clip  # 0 if any gradient is not finite
     bank.momentum.lerp_(g, 1 - beta)
     update = orthogonalize(torch.lerp(g, bank.momentum, beta), dtype).float()
     along = -1 if bank.square.shape[-1] == 1 else -2
@@ -845,7 +845,7 @@ def muon_update(grad: Tensor, bank: Bank, clip: Tensor, lr: Tensor, beta: Tensor
 def adamw_update(grad: Tensor, mean: Tensor, square: Tensor, master: Tensor, clip: Tensor,
                  lr: Tensor, decay: Tensor, step: Tensor, h: Hyperparameters) -> None:
     """In-place AdamW (Loshchilov & Hutter, 2019) of a flat vector; `lr` per element."""
-    g = grad * clip
+    g = grad.nan_to_num(0, 0, 0) * clip
     mean.lerp_(g, 1 - h.beta1)
     square.lerp_(g.square(), 1 - h.beta2)
     root = (square / (1 - h.beta2**step)).sqrt() + h.adam_eps
@@ -933,8 +933,8 @@ class Optimizer:
             work.wait()
         h, small, start = self.h, self.flat[:-1], self.h.muon_momentum_warmup_start
         norms = torch.stack(torch._foreach_norm(shards, 2, torch.float32))
-        squares = self.runtime.sum(norms.square().sum()) + small.square().sum()
-        clip = ((h.grad_clip_norm or math.inf) / (squares.sqrt() + 1e-6)).clamp(max=1.0)
+        norm = (self.runtime.sum(norms.square().sum()) + small.square().sum()).sqrt()
+        clip = ((h.grad_clip_norm or math.inf) / (norm + 1e-6)).clamp(max=1.0).nan_to_num()
         matrix_lr, warmth = self.lr * h.matrix_lr, self.steps / max(1, h.muon_momentum_warmup_steps)
         momentum = start + (h.muon_momentum - start) * warmth.clamp(max=1)
         for bank, shard in zip(self.banks, shards, strict=True):

@@ -238,6 +238,25 @@ def test_weight_decay_alone_shrinks_every_parameter_by_lr_times_decay() -> None:
         torch.testing.assert_close(optimizer.masters()[name], before[name] * (1 - lr * DECAY))
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["mlp_bank", "q_gain"])
+@pytest.mark.parametrize("clip", [0.3, 0.0])
+def test_a_gradient_that_is_not_finite_moves_no_weight(name: str, bad: float, clip: float) -> None:
+    """The masters stay what the last good step made them, so that there is a state to save."""
+    h = tiny(grad_clip_norm=clip)
+    optimizer = new_optimizer(h)
+    names = [n for n, _ in optimizer.model.named_parameters()]
+    before = {n: t.detach().clone() for n, t in optimizer.masters().items()}
+    gradients = gradients_of(optimizer, 1.0)
+    gradients[names.index(name)].view(-1)[3] = bad
+    one_step(optimizer, torch.tensor(0.0), 1.0, gradients)
+    for n, master in optimizer.masters().items():
+        assert torch.equal(master, before[n]), n
+    one_step(optimizer, torch.tensor(0.0), 1.0, gradients_of(optimizer, 1.0, seed=5))
+    for n, master in optimizer.masters().items():
+        assert bool(master.isfinite().all()) and not torch.equal(master, before[n]), n
+
+
 def test_the_clip_is_global_over_matrices_and_small_parameters() -> None:
     h = tiny(muon_momentum=0.9, muon_momentum_warmup_start=0.9)
     optimizer = new_optimizer(h)

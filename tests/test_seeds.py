@@ -74,7 +74,7 @@ def test_a_second_run_of_a_seed_replaces_the_first(tmp_path: Path) -> None:
     assert report["val_loss"] == pytest.approx(2.0) and report["seeds"] == [2, 1]
 
 
-SETTING = {"settings": SETTINGS | {"matrix_lr": 0.03}}
+SETTING = {"settings": SETTINGS | {"matrix_lr": 0.5}}
 OTHER = [  # what may not differ, and how the log calls it
     (SETTING, "matrix_lr"),
     ({"code_sha256": "0ther"}, "code"),
