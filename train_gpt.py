@@ -463,7 +463,7 @@ def fit_step(size_of: Callable[[float], float], target: float) -> float:
 # ---- 6. Kernels: attention backends, and Triton kernels with their plain-torch twins ------------
 jit = triton.jit if triton else lambda function: function
 PROCESSORS = 132  # of an H100 or H200; with more, some would idle
-RELU2_TILE = 256, 128, 64  # rows, columns, depth: 1408 = 11 x 128 leaves no partial tile
+RELU2_TILE = 256, 128, 64  # rows, columns, depth: widths of n x 128 leave no partial tile
 HEAD_ROWS = 16  # tokens a program of the kernels for heads
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q (B,T,H,E), k and v (B,T,K,E) -> (B,T,H,E)
 
