@@ -1384,10 +1384,9 @@ def environment_facts(runtime: Runtime) -> dict[str, Any]:
             "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version() if cuda else None}
 def checked_state(h: Hyperparameters, architecture: Mapping[str, Any], where: str) -> None:
     """Raises RunError if an artifact or checkpoint is of another architecture than `h`."""
-    for name in ARCHITECTURE:
-        found, expected = architecture.get(name), getattr(h, name)
-        require(found == expected, f"{where}: holds {name}={found}, expected {expected}; set "
-                f"{name.upper()}={found}")
+    other = [f"{name.upper()}={architecture.get(name)}" for name in ARCHITECTURE
+             if architecture.get(name) != getattr(h, name)]
+    require(not other, f"{where}: holds a model of another shape; set {' '.join(other)}")
 def read_file(path: str | Path, variable: str, runtime: Runtime) -> bytes:
     """Read by rank 0 for all ranks: other nodes need no copy."""
     try:
