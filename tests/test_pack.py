@@ -215,7 +215,7 @@ def test_an_artifact_of_another_architecture_is_refused_with_the_setting_to_chan
 def test_an_artifact_that_lacks_a_field_of_the_architecture_is_refused() -> None:
     architecture, _ = unpack(artifact())
     del architecture["rope_base"]
-    with pytest.raises(RunError, match=r"^a\.ptz: .*rope_base"):
+    with pytest.raises(RunError, match=r"^a\.ptz: .*set ROPE_BASE=None$"):
         train_gpt.checked_state(H, architecture, "a.ptz")
 
 
