@@ -286,6 +286,19 @@ def test_the_denominator_is_the_bytes_of_every_token_after_the_first() -> None:
         assert [score.text_bytes for score in scores] == [expected] * 2
 
 
+@pytest.mark.parametrize(
+    ("share", "name"), [(1.0, "fineweb10B_sp64"), (1.0005, "fineweb10B_sp64"), (0.95, "proxy")]
+)
+def test_the_published_split_is_known_by_its_bytes_whatever_the_vocabulary(
+    share: float, name: str
+) -> None:
+    tokens = np.full(1001, 7, np.uint16)
+    base = np.full(V, round(share * train_gpt.FINEWEB_VAL_BYTES / 1000))
+    table = ByteTable(base, np.zeros(V, bool), np.zeros(V, bool))
+    h = dataclasses.replace(H, data_path="elsewhere")
+    assert Evaluator(h, support.cpu_runtime(), tokens, table).dataset == name
+
+
 def test_bits_per_byte_and_loss_follow_from_the_sums() -> None:
     score = Score(nats=math.log(2) * 300, tokens=75, text_bytes=200, seconds=1.5)
     assert score.bpb == pytest.approx(1.5, rel=1e-12)
