@@ -833,7 +833,7 @@ def muon_update(grad: Tensor, bank: Bank, clip: Tensor, lr: Tensor, beta: Tensor
     """In-place Nesterov momentum, orthogonalisation and decoupled decay of a shard (n, R, C).  As
     in NorMuon (Li et al., 2025), each neuron's update is divided by its root mean square over the
     last steps, and each matrix's keeps its norm."""
-    g = grad.float().nan_to_num(0, 0, 0) * clip  # 0 if any gradient is not finite
+    g = grad.float().nan_to_num(0, 0, 0) * clip
     bank.momentum.lerp_(g, 1 - beta)
     update = orthogonalize(torch.lerp(g, bank.momentum, beta), dtype).float()
     along = -1 if bank.square.shape[-1] == 1 else -2
@@ -934,17 +934,19 @@ class Optimizer:
         h, small, start = self.h, self.flat[:-1], self.h.muon_momentum_warmup_start
         norms = torch.stack(torch._foreach_norm(shards, 2, torch.float32))
         norm = (self.runtime.sum(norms.square().sum()) + small.square().sum()).sqrt()
-        clip = ((h.grad_clip_norm or math.inf) / (norm + 1e-6)).clamp(max=1.0).nan_to_num()
-        matrix_lr, warmth = self.lr * h.matrix_lr, self.steps / max(1, h.muon_momentum_warmup_steps)
+        finite = norm.isfinite()  # if not, nothing moves, so that there are weights to save
+        lr, clip = self.lr * finite, (h.grad_clip_norm or math.inf) / (norm + 1e-6)
+        clip = clip.clamp(max=1.0).nan_to_num()
+        matrix_lr, warmth = lr * h.matrix_lr, self.steps / max(1, h.muon_momentum_warmup_steps)
         momentum = start + (h.muon_momentum - start) * warmth.clamp(max=1)
         for bank, shard in zip(self.banks, shards, strict=True):
             self.muon_update(shard, bank, clip, matrix_lr, momentum, self.decay, h.muon_beta2,
                              self.runtime.dtype)
         self.steps += 1
         self.adamw_update(small, self.mean, self.square, self.flat_master, clip,
-                          self.lr * self.small_lr, self.decay, self.steps, h)
+                          lr * self.small_lr, self.decay, self.steps, h)
         self.write_back()
-        return self.flat[-1].clone()
+        return self.flat[-1] + (norm - norm)  # nan unless all is finite: so the host learns of it
     @torch.no_grad()
     def write_back(self) -> None:
         """Working weights from the masters, on the export grid if late QAT is on."""
@@ -1353,9 +1355,8 @@ def train(h: Hyperparameters, runtime: Runtime, log: RunLog, evaluator: Evaluato
             qat_steps += 1
         loss = trainer.train_step(next(loader), lr * min(1.0, step / (h.lr_warmup_steps or 1)),
                                   h.decay_per_run * (progress - before))
-        if lr < h.swa_threshold or step % h.train_log_every == 0:  # the latter in case of a fault
+        if lr < h.swa_threshold:
             average.update(optimizer.masters())
-        average.count *= lr < h.swa_threshold
         queue.push(step, loss)
     queue.stop()
     loader.close()
@@ -1369,9 +1370,6 @@ def train(h: Hyperparameters, runtime: Runtime, log: RunLog, evaluator: Evaluato
         graphs_compiled_on_clock=stats["unique_graphs"] - graphs, fault=queue.fault)
     log("training " + " ".join(f"{k}:{v}" for k, v in facts.items() if v != ""))
     trained, mean = map(optimizer.gather, (optimizer.masters(), average.mean))
-    if queue.fault:  # what was averaged or copied last, if a step's weights are in it and finite
-        finite = step > h.train_log_every and all(w.isfinite().all() for w in mean.values())
-        return {"averaged": mean} if finite else {}, facts
     return {"trained": trained, "averaged": mean if average.count else trained}, facts
 
 # ---- 13. Report and main ------------------------------------------------------------------------
@@ -1411,12 +1409,13 @@ def obtain_weights(h: Hyperparameters, runtime: Runtime, log: RunLog, evaluator:
                      h.train_batch_tokens // h.train_seq_len, h.seed)
     stages, facts = train(h, runtime, log, evaluator, Trainer(h, runtime, kernels), plan)
     path = Path(h.output_dir) / "final_model.partial.pt"
-    if runtime.rank == 0 and stages:
+    whole = all(bool(w.isfinite().all()) for w in stages["averaged"].values())
+    if runtime.rank == 0 and whole:
         torch.save({"architecture": {n: getattr(h, n) for n in ARCHITECTURE}, "facts": facts,
                     "stages": stages}, content := io.BytesIO())
         write_atomic(path, content.getvalue())
     if fault := facts["fault"]:
-        kept = f"RESUME_FROM={path} scores earlier weights" if stages else "no finite weights left"
+        kept = f"RESUME_FROM={path} scores what it left" if whole else "no finite weights left"
         raise RunError(f"{fault}; lower MATRIX_LR, EMBED_LR or SCALAR_LR; {kept}")
     if facts["interrupted"] and h.on_interrupt == "save":
         raise RunError(f"interrupted at step {facts['step_stop']}: RESUME_FROM={path} scores it")
@@ -1434,9 +1433,10 @@ def run(h: Hyperparameters, runtime: Runtime) -> None:
     kind = "eval" if h.eval_only else "resume" if h.resume_from else f"train_seed{h.seed}"
     log = RunLog(out / f"{kind}.partial.log" if runtime.rank == 0 else None,
                  f"{SOURCE.read_text()}\n{'=' * 80}\n{json.dumps(asdict(h), indent=1)}\n")
-    log(f"{json.dumps(environment := environment_facts(runtime))}\ndataset:{evaluator.dataset} "
-        f"val_tokens:{evaluator.targets} val_bytes:{evaluator.text_bytes} "
-        f"model_params:{h.parameters()} world_size:{runtime.world_size} seed:{h.seed}")
+    environment = environment_facts(runtime)
+    log(f"{json.dumps(environment)}\ndataset:{evaluator.dataset} val_tokens:{evaluator.targets} "
+        f"val_bytes:{evaluator.text_bytes} model_params:{h.parameters()} "
+        f"world_size:{runtime.world_size} seed:{h.seed}")
     kernels, scores, facts = choose_kernels(h, runtime, log), dict[str, Score](), dict[str, Any]()
     def score(stage: str, model: GPT, label: str, stride: int = 0) -> None:
         scores[stage] = evaluator.score(model, stride, log)

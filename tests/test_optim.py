@@ -246,13 +246,15 @@ def test_a_gradient_that_is_not_finite_moves_no_weight(name: str, bad: float, cl
     h = tiny(grad_clip_norm=clip)
     optimizer = new_optimizer(h)
     names = [n for n, _ in optimizer.model.named_parameters()]
+    one_step(optimizer, torch.tensor(2.0), 1.0, gradients_of(optimizer, 1.0, seed=9), DECAY)
     before = {n: t.detach().clone() for n, t in optimizer.masters().items()}
     gradients = gradients_of(optimizer, 1.0)
     gradients[names.index(name)].view(-1)[3] = bad
-    one_step(optimizer, torch.tensor(0.0), 1.0, gradients)
+    assert one_step(optimizer, torch.tensor(2.0), 1.0, gradients, DECAY).isnan()
     for n, master in optimizer.masters().items():
-        assert torch.equal(master, before[n]), n
-    one_step(optimizer, torch.tensor(0.0), 1.0, gradients_of(optimizer, 1.0, seed=5))
+        assert torch.equal(master, before[n]), f"{n}: momentum or decay moved it"
+    good = one_step(optimizer, torch.tensor(2.0), 1.0, gradients_of(optimizer, 1.0, seed=5))
+    assert float(good) == 2.0
     for n, master in optimizer.masters().items():
         assert bool(master.isfinite().all()) and not torch.equal(master, before[n]), n
 
