@@ -6,7 +6,7 @@ Every complete run leaves a result_seed<N>.json.  Those that share settings, cod
 with the newest are merged: means, sample standard deviations, what the worst seed needed.  With
 BASELINE_LOSS (nats of the seeds to beat, comma-separated) or BASELINE_BPB (the same in bits per
 byte) and two seeds or more it adds Welch's test for the rule of records: better by at least 0.005
-nats at p < 0.01.  AUTHOR, GITHUB_ID and BLURB fill the fields of that name.  Needs NumPy only.
+nats at p < 0.01.  AUTHOR, GITHUB_ID and BLURB fill the fields of that name.
 """
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ import numpy as np
 
 Result = dict[str, Any]  # what `add_result` gets of a run, and what it adds
 Log = Callable[[str], None]
+Write = Callable[[Path, bytes], None]
 CAPS = {"train_seconds": 600, "eval_seconds": 600, "artifact_bytes": 16_000_000}
 RECORD_NATS, RECORD_P, RECORD_SEEDS = 0.005, 0.01, 3
 PER_RUN = (  # settings that may differ between merged runs: they change no score
@@ -129,18 +130,10 @@ def compliance(results: list[Result], seeds: list[dict[str, Any]]) -> dict[str, 
     return {name: {"found": found, "rule": rule, "fits": fits} for name, found, rule, fits in rows}
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Either the whole new file or the old one."""
-    with (temporary := path.with_name(path.name + ".tmp")).open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def add_result(folder: Path, log: Log, evaluator: Any, environment: dict[str, Any],  # noqa: PLR0913
+def add_result(folder: Path, log: Log, write: Write, evaluator: Any, environment: dict[str, Any],
                training: dict[str, Any], scores: Mapping[str, Any], bytes_model: int) -> None:
-    """Keeps the result of a run that has just been scored and writes submission.json anew."""
+    """Keeps the result of a run that has just been scored and writes submission.json anew.  `write`
+    is train_gpt.write_atomic: importing the program that is running would run it twice."""
     code = Path(__file__).with_name("train_gpt.py").read_bytes()
     result: Result = {
         "settings": dataclasses.asdict(evaluator.h), "dataset": evaluator.dataset,
@@ -150,8 +143,8 @@ def add_result(folder: Path, log: Log, evaluator: Any, environment: dict[str, An
         "scores": {stage: dataclasses.asdict(score) for stage, score in scores.items()}}
     # The seed is that of the training, whatever SEED is set to where RESUME_FROM goes on with it.
     seed = result["training"].setdefault("seed", result["settings"]["seed"])
-    write_atomic(folder / f"result_seed{seed}.json", json.dumps(result))
-    write_atomic(folder / "submission.json", submission(folder, os.environ, log))
+    write(folder / f"result_seed{seed}.json", json.dumps(result).encode())
+    write(folder / "submission.json", submission(folder, os.environ, log).encode())
 
 
 def submission(folder: Path, env: Mapping[str, str], log: Log) -> str:
@@ -198,12 +191,13 @@ def submission(folder: Path, env: Mapping[str, str], log: Log) -> str:
 
 
 def main() -> None:
+    from train_gpt import write_atomic
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else ".")
     try:
         text = submission(folder, os.environ, print)
     except FileNotFoundError as error:
         sys.exit(f"error: {error}")
-    write_atomic(folder / "submission.json", text)
+    write_atomic(folder / "submission.json", text.encode())
 
 
 if __name__ == "__main__":

@@ -11,8 +11,9 @@ of 98,304 tokens on 1 x H100 with torch 2.11, n = 1 (`train.log`, `submission.js
     RESUME_FROM=final_model.pt torchrun ... train_gpt.py                      # pack and score again
 
 Every number that matters is a field of `Hyperparameters`; a variable of that name in capitals
-overrides it.  Sections: 1 constants, 2 hyperparameters, 3 runtime, 4 data, 5 quantizer, 6 kernels,
-7 model, 8 optimizer, 9 averaging, 10 pack and unpack, 11 evaluation, 12 training, 13 report.
+overrides it.  PRESET=frontier adds to the card, the default, all else that pays.  Sections:
+1 constants, 2 hyperparameters, 3 runtime, 4 data, 5 quantizer, 6 kernels, 7 model, 8 optimizer,
+9 averaging, 10 pack and unpack, 11 evaluation, 12 training, 13 report.
 
 Shapes: B sequences, T positions, D model width, H query heads, K key/value heads, E head width,
 V vocabulary, L layers, N matrices of a bank, R rows, C columns; a name ending in `_BTD` has that
@@ -121,7 +122,7 @@ class Hyperparameters:
     muon_momentum: float = 0.95  # runs at 0.99 ended 0.03 to 0.07 bpb higher (ABLATIONS.md)
     muon_momentum_warmup_start: float = 0.92  # from here linearly: without, 0.002 bpb worse
     muon_momentum_warmup_steps: int = 320  # until then
-    muon_beta2: float = 0.95  # NorMuon, decay per step of each neuron's mean square update
+    muon_beta2: float = 0.95  # NorMuon, decay per step of the mean squares that even an update
     beta1: float = 0.9  # AdamW, decay of the mean gradient per step
     beta2: float = 0.95  # AdamW, of its square; short, as the run is
     adam_eps: float = 1e-8  # AdamW, floor of the root mean square gradient
@@ -511,11 +512,12 @@ def sdpa(*backends: SDPBackend) -> Attend:
     return attend
 def attention_candidates() -> dict[str, Attend]:
     """Kernels for CUDA, on an H100 the fastest first; FlashAttention-3 only where it imports."""
-    found, backend = dict[str, Attend](), SDPBackend
+    found = dict[str, Attend]()
     with contextlib.suppress(ImportError):
         from flash_attn_interface import flash_attn_func  # type: ignore[import-not-found]
         found["fa3"] = functools.partial(flash_attn_func, causal=True)
-    return found | {"cudnn": sdpa(backend.CUDNN_ATTENTION), "flash": sdpa(backend.FLASH_ATTENTION)}
+    found |= {"cudnn": sdpa(SDPBackend.CUDNN_ATTENTION), "flash": sdpa(SDPBackend.FLASH_ATTENTION)}
+    return found
 
 def relu2_mlp(x_BTD: Tensor, up_ND: Tensor, down_ND: Tensor, scale: float) -> Tensor:
     """relu(scale norm(x) up^T)^2 down (So et al., Primer, 2021); N is the hidden width."""
@@ -831,8 +833,8 @@ def orthogonalize(g_NRC: Tensor, dtype: torch.dtype) -> Tensor:
 def muon_update(grad: Tensor, bank: Bank, clip: Tensor, lr: Tensor, beta: Tensor, decay: Tensor,
                 beta2: float, dtype: torch.dtype) -> None:
     """In-place Nesterov momentum, orthogonalisation and decoupled decay of a shard (n, R, C).  As
-    in NorMuon (Li et al., 2025), each neuron's update is divided by its root mean square over the
-    last steps, and each matrix's keeps its norm."""
+    in NorMuon (Li et al., 2025), each row of a tall update and column of a wide one (the others are
+    even by now) is divided by its running root mean square; the norm of the whole stays."""
     g = grad.float().nan_to_num(0, 0, 0) * clip
     bank.momentum.lerp_(g, 1 - beta)
     update = orthogonalize(torch.lerp(g, bank.momentum, beta), dtype).float()
@@ -858,7 +860,7 @@ class Bank(NamedTuple):
     padded: Tensor  # (n * ranks, R, C), receives the all-gather
     master: Tensor  # (n, R, C) float32
     momentum: Tensor  # (n, R, C) float32
-    square: Tensor  # (n, R, 1) or (n, 1, C) float32: mean square update of each row or column
+    square: Tensor  # (n, R, 1), or (n, 1, C) if wide, float32: mean square update of each line
     update_scale: Tensor  # (n, 1, 1) float32: sqrt(max(1, fan_out / fan_in))
 
 class Optimizer:
@@ -935,12 +937,11 @@ class Optimizer:
         norms = torch.stack(torch._foreach_norm(shards, 2, torch.float32))
         norm = (self.runtime.sum(norms.square().sum()) + small.square().sum()).sqrt()
         finite = norm.isfinite()  # if not, nothing moves, so that there are weights to save
-        lr, clip = self.lr * finite, (h.grad_clip_norm or math.inf) / (norm + 1e-6)
-        clip = clip.clamp(max=1.0).nan_to_num()
-        matrix_lr, warmth = lr * h.matrix_lr, self.steps / max(1, h.muon_momentum_warmup_steps)
-        momentum = start + (h.muon_momentum - start) * warmth.clamp(max=1)
+        clip = ((h.grad_clip_norm or math.inf) / (norm + 1e-6)).clamp(max=1.0).nan_to_num()
+        lr, warmth = self.lr * finite, self.steps / max(1, h.muon_momentum_warmup_steps)
+        matrix_lr, beta = lr * h.matrix_lr, start + (h.muon_momentum - start) * warmth.clamp(max=1)
         for bank, shard in zip(self.banks, shards, strict=True):
-            self.muon_update(shard, bank, clip, matrix_lr, momentum, self.decay, h.muon_beta2,
+            self.muon_update(shard, bank, clip, matrix_lr, beta, self.decay, h.muon_beta2,
                              self.runtime.dtype)
         self.steps += 1
         self.adamw_update(small, self.mean, self.square, self.flat_master, clip,
@@ -1464,12 +1465,12 @@ def run(h: Hyperparameters, runtime: Runtime) -> None:
     if log.path and not h.eval_only:
         with contextlib.suppress(ModuleNotFoundError):  # this file alone trains and scores as well
             from record import add_result  # writes submission.json for all seeds of the folder
-            add_result(out, log, evaluator, environment, facts, scores, len(content))
+            add_result(out, log, write_atomic, evaluator, environment, facts, scores, len(content))
     code, size, best = SOURCE.stat().st_size, len(content), scores.get("sliding", scores["packed"])
     log(f"peak_gpu_memory:{torch.cuda.max_memory_reserved() / 2**30:.2f}GiB\n"
         f"val_bpb:{best.bpb:.8f} dataset:{evaluator.dataset} bytes_total:{code + size} "
         f"(code {code} + model {size}, cap {h.artifact_bytes})")
-    if log.path and log.path.name.startswith("train"):
+    if log.path and kind.startswith("train"):
         write_atomic(out / "train.log", log.path.read_bytes())
     for path in filter(None, partial if runtime.rank == 0 else ()):  # now it may replace older ones
         os.replace(path, path.with_name(path.name.replace(".partial", "")))

@@ -46,8 +46,8 @@ PATCHES: dict[str, list[tuple[str, str]]] = {
                      "Grid((31, *[31] * inner, 31) * 2, (1.0, *[1.0] * inner, 1.0) * 2)")],
     "shuffling": [("generator.permutation(self.windows_per_epoch)",
                    "np.arange(self.windows_per_epoch)")],
-    # Instead of the plain mean; with SWA_THRESHOLD=2 over the whole run.
-    "mean_for_ema": [("for n in self.mean], 1 / self.count)",
+    # An EMA takes its place; with SWA_THRESHOLD=2 over the whole run.
+    "plain_mean": [("for n in self.mean], 1 / self.count)",
                       "for n in self.mean], max(1 / self.count, 0.0035))")],
 }
 

@@ -88,7 +88,7 @@ TOUCHED = {  # technique -> the parts that change without it; all others stay
     "depth_scale": {"losses", "masters"}, "value_embedding": {"losses", "masters"},
     "unet_skips": {"losses", "masters"}, "normuon": {"masters"}, "polar_express": {"masters"},
     "gptq_lite": {"scales"}, "int8_layers": {"qmax"}, "shuffling": {"batch"},
-    "mean_for_ema": {"mean"},
+    "plain_mean": {"mean"},
 }  # fmt: skip
 
 
