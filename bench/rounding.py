@@ -75,9 +75,9 @@ def input_moments(h: tg.Hyperparameters, weights: Weights, windows: Tensor) -> d
             add("out", x)
         return real_linear(x, w)
 
-    def mlp(x: Tensor, up: Tensor, down: Tensor, scale: float) -> Tensor:
+    def mlp(x: Tensor, up: Tensor, down: Tensor, scale: float, slope: float) -> Tensor:
         x = tg.rms_norm(x) * scale
-        post = F.relu(real_linear(x, up)).square()
+        post = F.leaky_relu(real_linear(x, up), slope).square()
         add("up", x)
         add("down", post)
         return post @ down

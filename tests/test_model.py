@@ -125,7 +125,8 @@ def ref_losses(
         x = x + w["attn_scale"][i] * (torch.cat(heads, dim=1) @ w["qo_bank"][layers + i].T)
         up = (ref_norm(x) / math.sqrt(i + 1)) @ w["mlp_bank"][i].T
         down = w["mlp_bank"][layers + i].T  # stored transposed
-        x = x + w["mlp_scale"][i] * ((torch.clamp(up, min=0) ** 2) @ down.T)
+        up = torch.where(up > 0, up, h.mlp_slope * up)
+        x = x + w["mlp_scale"][i] * ((up**2) @ down.T)
         outputs.append(x)
     logits = ref_norm(x) @ w["tok_emb"].T
     logits = h.logit_softcap * torch.tanh(logits / h.logit_softcap)
