@@ -54,6 +54,10 @@ def read_log(text: str) -> Curves:
               if (score := re.search(rf"^{start} .*val_bpb:(\S+)", text, re.M))}
     if not (losses := points("train_loss")):
         raise tg.RunError("the log ends before the first step")
+    end = re.search(r"^training step_stop:(\d+) wallclock_seconds:(\S+) .*final_train_loss:([\d.]+)",
+                    text, re.M)
+    if end and int(end[1]) > losses[-1][0]:  # a run that the clock ends stops between two lines
+        losses.append((int(end[1]), float(end[2]), float(end[3])))
     return Curves(h, losses, points("val_bpb"), int(qat[1]) if qat else None, scores)
 
 
@@ -94,7 +98,8 @@ def draw(curves: Curves, picture: Path) -> None:
         validation.append((seconds[-1], curves.scores["trained"]))
     bits.plot(*zip(*validation, strict=True), "o-", color="tab:orange", label="validation bpb")
     loss.annotate("\n".join(f"{name} {score:.4f} bpb" for name, score in curves.scores.items()),
-                  (0.3, 0.95), xycoords="axes fraction", va="top", family="monospace")
+                  (0.98, 0.85), xycoords="axes fraction", va="top", ha="right", family="monospace",
+                  bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8})
     handles = loss.get_lines() + bits.get_lines()[:1]
     loss.legend(handles, [line.get_label() for line in handles], loc="upper right")
 

@@ -36,6 +36,12 @@ def test_the_points_are_those_of_the_log() -> None:
     assert curves.scores == {"trained": 1.2, "sliding": 1.18}
 
 
+def test_a_run_that_the_clock_ended_is_drawn_to_its_last_step() -> None:
+    end = "training step_stop:{} wallclock_seconds:7.4 seed:1 final_train_loss:2.75 interrupted:False\n"
+    assert plot_log.read_log(made_log() + end.format(106)).train_loss[-1] == (106, 7.4, 2.75)
+    assert plot_log.read_log(made_log() + end.format(100)).train_loss[-1] == (100, 7.0, 3.0)
+
+
 def test_the_lr_is_that_of_the_schedule_and_averaging_began_where_it_fell() -> None:
     curves = plot_log.read_log(
         made_log(iterations=100, warmdown_fraction=0.5, swa_threshold=0.2, max_wallclock_seconds=0)
