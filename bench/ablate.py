@@ -10,7 +10,8 @@ environment holds what all variants share (P-steps: ITERATIONS=1600 TRAIN_BATCH_
 MAX_WALLCLOCK_SECONDS=0); EVAL_STRIDE=0 leaves out the sliding score; logs and weights are kept if
 OUTPUT_DIR names a folder for them.  Graphs compiled once are found again in Inductor's cache.  Rows
 are printed and appended to ABLATIONS.md, or to the file that the variable TABLE names, in the order
-of the arguments, each as soon as it can be; a run that fails gets a row too.
+of the arguments, each as soon as it can be; a run that fails gets a row too.  SIGTERM, which
+`timeout` sends, ends the runs under way and starts no other; the rows of both are written.
 """
 from __future__ import annotations
 
@@ -18,10 +19,11 @@ import importlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -137,16 +139,20 @@ def run_variant(variant: Variant, tg: Any) -> Result:
     return Result(scores, facts["step_avg_ms"], facts["step_stop"], len(artifact) + code, h.seed)
 
 
-def in_a_process(variant: Variant) -> Result | str:
-    """The result of the variant or, where it fails, the last line that it had to say."""
+def in_a_process(variant: Variant, running: list[subprocess.Popen[str]]) -> Result | str:
+    """The result of the variant or, where it fails, the last line that it had to say; its process
+    joins those `running`."""
     command = [sys.executable, str(Path(__file__).resolve()), "--one", json.dumps(variant)]
     with tempfile.TemporaryDirectory() as folder:
         mine = Path(os.environ.get("OUTPUT_DIR", folder), re.sub(r"\W+", "_", variant.name))
-        done = subprocess.run(command, capture_output=True, text=True, check=False,
-                              env={**os.environ, "OUTPUT_DIR": str(mine)})
-    if done.returncode:
-        return (done.stderr.strip().splitlines() or ["no message"])[-1].removeprefix("error: ")
-    return Result(*json.loads(done.stdout.splitlines()[-1]))
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                              env={**os.environ, "OUTPUT_DIR": str(mine)}) as process:
+            running.append(process)
+            out, said = process.communicate()
+    if process.returncode:
+        silent = f"ended with {process.returncode} and no message"
+        return (said.strip().splitlines() or [silent])[-1].removeprefix("error: ")
+    return Result(*json.loads(out.splitlines()[-1]))
 
 
 def row(variant: Variant, result: Result | str, base: Result | None, *, shared: bool) -> str:
@@ -174,14 +180,27 @@ def main(arguments: list[str], table: Path, workers: int = 1) -> None:
         except tg.RunError as error:
             raise Mistake(str(error)) from None
     base: Result | None = None
+    running: list[subprocess.Popen[str]] = []
     with ThreadPoolExecutor(workers) as pool:
-        for i, result in enumerate(pool.map(in_a_process, variants)):
-            line = row(variants[i], result, base, shared=workers > 1)
-            print(line, flush=True)
-            with table.open("a") as file:
-                file.write((f"\n{HEADER}\n" if i == 0 else "") + line + "\n")
-            if isinstance(result, Result):
-                base = base or result
+        def stop(*_: object) -> None:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in running:
+                process.terminate()  # in training: it saves its weights first
+
+        before = signal.signal(signal.SIGTERM, stop)
+        try:
+            results = pool.map(lambda variant: in_a_process(variant, running), variants)
+            for i, result in enumerate(results):
+                line = row(variants[i], result, base, shared=workers > 1)
+                print(line, flush=True)
+                with table.open("a") as file:
+                    file.write((f"\n{HEADER}\n" if i == 0 else "") + line + "\n")
+                if isinstance(result, Result):
+                    base = base or result
+        except CancelledError:
+            raise Mistake("stopped by SIGTERM") from None
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
 
 def one(variant: Variant) -> None:

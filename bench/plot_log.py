@@ -54,8 +54,8 @@ def read_log(text: str) -> Curves:
               if (score := re.search(rf"^{start} .*val_bpb:(\S+)", text, re.M))}
     if not (losses := points("train_loss")):
         raise tg.RunError("the log ends before the first step")
-    end = re.search(r"^training step_stop:(\d+) wallclock_seconds:(\S+) .*final_train_loss:([\d.]+)",
-                    text, re.M)
+    end = re.search(r"^training step_stop:(\d+) wallclock_seconds:(\S+) .*"
+                    r"final_train_loss:([\d.]+)", text, re.M)
     if end and int(end[1]) > losses[-1][0]:  # a run that the clock ends stops between two lines
         losses.append((int(end[1]), float(end[2]), float(end[3])))
     return Curves(h, losses, points("val_bpb"), int(qat[1]) if qat else None, scores)

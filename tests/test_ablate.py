@@ -1,6 +1,9 @@
 """bench/ablate.py: what is asked for is run, and every run leaves a row."""
 
+import os
+import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -164,6 +167,27 @@ def test_runs_append_their_rows_in_order_and_a_failure_stops_nothing(small: Path
     assert "failed: export" in failed[3]
     assert smear[:2] == ["| no smear", "OFF=smear"]
     assert torch.load(small / "out/longer/final_model.partial.pt", weights_only=True)
+
+
+def test_sigterm_ends_the_run_under_way_keeps_its_row_and_starts_no_other(small: Path) -> None:
+    table = small / "TABLE.md"
+    command = [sys.executable, str(ablate.REPO / "bench/ablate.py"), "endless: ITERATIONS=1000000",
+               "never: ITERATIONS=1000000"]  # fmt: skip
+    environment = {**os.environ, "TABLE": str(table), "WORKERS": "1"}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        log = small / "out/endless/ablate.log"
+        for _ in range(600):
+            if log.exists() and "step:10/" in log.read_text():
+                break
+            time.sleep(0.1)
+        process.terminate()
+        assert process.stderr
+        assert "stopped by SIGTERM" in process.stderr.read()
+    assert process.returncode == 1
+    (line,) = table.read_text().splitlines()[3:]
+    assert line.startswith("| endless |") and "failed: interrupted at step" in line
+    assert (small / "out/endless/final_model.partial.pt").exists()
+    assert not (small / "out/never").exists()
 
 
 def test_a_misspelt_setting_is_refused_before_any_run(tmp_path: Path) -> None:

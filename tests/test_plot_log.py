@@ -37,7 +37,7 @@ def test_the_points_are_those_of_the_log() -> None:
 
 
 def test_a_run_that_the_clock_ended_is_drawn_to_its_last_step() -> None:
-    end = "training step_stop:{} wallclock_seconds:7.4 seed:1 final_train_loss:2.75 interrupted:False\n"
+    end = "training step_stop:{} wallclock_seconds:7.4 seed:1 final_train_loss:2.75 fault:\n"
     assert plot_log.read_log(made_log() + end.format(106)).train_loss[-1] == (106, 7.4, 2.75)
     assert plot_log.read_log(made_log() + end.format(100)).train_loss[-1] == (100, 7.0, 3.0)
 
