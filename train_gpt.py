@@ -552,13 +552,13 @@ def linear_relu2_kernel(a_desc, b_desc, scales, post_desc, out_desc,  # type: ig
             part, at = tl.split(half)[i % 2] * scale, n + i * QUARTER
             if BACKWARD:
                 post = post_desc.load([m, at]).to(tl.float32)
-                negative = (post.to(tl.int32, bitcast=True) & SIDE) != 0
-                part *= tl.sqrt(post) * tl.where(negative, -2 * SLOPE, 2.0)
-            else:  # either side rounds to the nearest value that has its bit
-                side = (part.to(tl.int32, bitcast=True) >> 31) & SIDE
+                positive = (post.to(tl.int32, bitcast=True) & SIDE) != 0
+                part *= tl.sqrt(post) * tl.where(positive, 2.0, -2 * SLOPE)
+            else:  # truncated: positive squares become the middle of their interval, others its end
+                side = ~(part.to(tl.int32, bitcast=True) >> 31) & SIDE
                 part = tl.maximum(part, SLOPE * part)
-                bits = (part * part).to(tl.int32, bitcast=True) + SIDE - side
-                part = ((bits & (-2 * SIDE)) | side).to(tl.float32, bitcast=True)
+                bits = (part * part).to(tl.int32, bitcast=True) & (-2 * SIDE)
+                part = (bits | side).to(tl.float32, bitcast=True)
             out_desc.store([m, at], part.to(out_desc.dtype))
 
 @torch.library.custom_op("golf::linear_relu2", mutates_args=())
