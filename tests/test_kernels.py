@@ -83,6 +83,7 @@ def test_the_lowest_bit_of_the_square_tells_its_side(slope: float) -> None:
     assert abs(float(bias)) < (2e-3 if CUDA else 1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_a_product_that_is_no_number_stays_none(sign: float) -> None:
     a, b = tensors((64, 32), (48, 32))
