@@ -25,7 +25,6 @@ import collections
 import contextlib
 import copy
 import difflib
-import functools
 import hashlib
 import io
 import itertools
@@ -511,12 +510,11 @@ def sdpa(*backends: SDPBackend) -> Attend:
     return attend
 def attention_candidates() -> dict[str, Attend]:
     """Kernels for CUDA, on an H100 the fastest first; FlashAttention-3 only where it imports."""
-    found = dict[str, Attend]()
+    always = {"cudnn": sdpa(SDPBackend.CUDNN_ATTENTION), "flash": sdpa(SDPBackend.FLASH_ATTENTION)}
     with contextlib.suppress(ImportError):
         from flash_attn_interface import flash_attn_func  # type: ignore[import-not-found]
-        found["fa3"] = functools.partial(flash_attn_func, causal=True)
-    return found | {"cudnn": sdpa(SDPBackend.CUDNN_ATTENTION),
-                    "flash": sdpa(SDPBackend.FLASH_ATTENTION)}
+        return {"fa3": lambda q, k, v: flash_attn_func(q, k, v, causal=True)} | always
+    return always
 
 def relu2_mlp(x_BTD: Tensor, up_ND: Tensor, down_ND: Tensor, scale: float, slope: float) -> Tensor:
     """leaky_relu(scale norm(x) up^T)^2 down (So et al., Primer, 2021; the slope: pg#493)."""
@@ -554,7 +552,7 @@ def linear_relu2_kernel(a_desc, b_desc, scales, post_desc, out_desc,  # type: ig
                 post = post_desc.load([m, at]).to(tl.float32)
                 positive = (post.to(tl.int32, bitcast=True) & SIDE) != 0
                 part *= tl.sqrt(post) * tl.where(positive, 2.0, -2 * SLOPE)
-            else:  # truncated: positive squares become the middle of their interval, others its end
+            else:  # cut, not rounded: a carry could turn NaN into a number
                 side = ~(part.to(tl.int32, bitcast=True) >> 31) & SIDE
                 part = tl.maximum(part, SLOPE * part)
                 bits = (part * part).to(tl.int32, bitcast=True) & (-2 * SIDE)

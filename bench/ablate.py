@@ -90,6 +90,11 @@ def parse(argument: str) -> Variant:
     return variant
 
 
+def environment(variant: Variant) -> dict[str, str]:
+    """Environment of the variant: what all share, and what it overrides."""
+    return os.environ | {key: value for key, value in variant.overrides.items() if key != "OFF"}
+
+
 def off(variant: Variant) -> list[str]:
     """Techniques that the variant leaves out."""
     return [name for name in variant.overrides.get("OFF", "").split(",") if name]
@@ -120,8 +125,7 @@ def run_variant(variant: Variant, tg: Any) -> Result:
 
     from prepare_data import with_sample
 
-    settings = {name: value for name, value in variant.overrides.items() if name != "OFF"}
-    h = with_sample(tg.Hyperparameters.from_env({**os.environ, **settings}))
+    h = with_sample(tg.Hyperparameters.from_env(environment(variant)))
     runtime = tg.Runtime.start(h, {})
     log = tg.RunLog(Path(h.output_dir) / "ablate.log")
     tokens = np.concatenate(tg.open_split(h.data_path, "val"))
@@ -173,10 +177,9 @@ def main(arguments: list[str], table: Path, workers: int = 1) -> None:
     variants = [parse(argument) for argument in arguments]  # mistakes show before the first run
     tg, source = importlib.import_module("train_gpt"), (REPO / "train_gpt.py").read_text()
     for variant in variants:
-        settings = {name: value for name, value in variant.overrides.items() if name != "OFF"}
         patched(source, off(variant))
         try:
-            tg.Hyperparameters.from_env({**os.environ, **settings})
+            tg.Hyperparameters.from_env(environment(variant))
         except tg.RunError as error:
             raise Mistake(str(error)) from None
     base: Result | None = None

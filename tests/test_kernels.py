@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 
 import pytest
@@ -110,6 +111,19 @@ def test_on_a_cpu_the_plain_layers_are_chosen_and_the_log_says_why() -> None:
     kernels = tg.choose_kernels(support.tiny(), support.cpu_runtime(), lines.append)  # type: ignore[arg-type]
     assert kernels[1:] == (tg.project_heads, tg.relu2_mlp)
     assert any("plain layers" in line and "CPU" in line for line in lines)
+
+
+def test_flash_attention_3_comes_first_where_it_imports_and_is_causal(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert list(tg.attention_candidates()) == ["cudnn", "flash"]
+    module = types.ModuleType("flash_attn_interface")
+    module.flash_attn_func = lambda q, k, v, causal=False: (q, causal)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", module)
+    found = tg.attention_candidates()
+    assert list(found) == ["fa3", "cudnn", "flash"]
+    q, k, v = tensors(*[(1, 4, 2, 8)] * 3)
+    assert found["fa3"](q, k, v)[1] is True
 
 
 def test_on_cuda_the_first_attention_that_is_correct_is_chosen(
