@@ -180,16 +180,15 @@ class Hyperparameters:
             (0, 1, "warmdown_fraction key_shift mlp_slope"), (1, 22, "zstd_level")):
             for name in names.split():
                 check(low <= getattr(self, name) <= high, name, f"set it within {low} to {high}")
-        for name, must, other in (
-            ("num_heads", "divide", "model_dim"), ("num_kv_heads", "divide", "num_heads"),
-            ("train_seq_len", "divide", "train_batch_tokens"),
-            ("train_seq_len", "not exceed", "micro_batch_tokens"),
-            ("eval_stride", "not exceed", "train_seq_len"), ("rope_dims", "not exceed", "head_dim"),
-            ("gate_dims", "not exceed", "model_dim"),
-            ("xsa_layers", "not exceed", "num_layers"), ("ve_layers", "not exceed", "num_layers")):
-            mine, its = getattr(self, name), getattr(self, other)
-            check(its % mine == 0 if must == "divide" else mine <= its, name,
-                  f"must {must} {other.upper()}={its}")
+        for must, pairs in {
+            "divide": "num_heads:model_dim num_kv_heads:num_heads train_seq_len:train_batch_tokens",
+            "not exceed": "train_seq_len:micro_batch_tokens eval_stride:train_seq_len "
+                "rope_dims:head_dim gate_dims:model_dim xsa_layers:num_layers "
+                "ve_layers:num_layers"}.items():
+            for name, other in (pair.split(":") for pair in pairs.split()):
+                mine, its = getattr(self, name), getattr(self, other)
+                check(its % mine == 0 if must == "divide" else mine <= its, name,
+                      f"must {must} {other.upper()}={its}")
         check(self.device in ("auto", "cpu", "cuda"), "device", "set auto, cpu or cuda")
         check(self.on_interrupt in ("save", "finish"), "on_interrupt", "set save or finish")
         check(self.rope_dims % 2 == 0, "rope_dims", "must be even")
@@ -781,12 +780,11 @@ class GPT(nn.Module):
                 mixed += keep * self.skip_weight[i - (layers - layers // 2)] * skips.pop()
             x = keep * x + mixed
             ve_index, depth = i - (layers - h.ve_layers), (i + 1) ** -0.5  # pg#315 damps by depth
-            added = self.ve_scale[ve_index] * ve if ve_index >= 0 else None
             normed = rms_norm(x) * depth
             q, k, v = self.kernels.heads(normed, qkv[i], self.q_gain[i], rotary)
             if h.key_shift:
                 k = shift_keys(k, h.rope_dims)
-            v = v if added is None else v + added.view(v.shape)
+            v = v if ve_index < 0 else v + (self.ve_scale[ve_index] * ve).view(v.shape)
             y = self.kernels.attend(q, k, v)
             if i >= layers - h.xsa_layers:
                 y = exclude_self(y, v)
@@ -923,8 +921,7 @@ class Optimizer:
         for bank in self.banks:
             shards.append(by_name[bank.name])
             if self.runtime.world_size > 1:
-                whole = torch.zeros_like(bank.padded)
-                whole[: len(shards[-1])] = shards[-1]
+                whole = F.pad(shards[-1], (0, 0) * 2 + (0, len(bank.padded) - len(shards[-1])))
                 shards[-1] = torch.empty_like(bank.master, dtype=whole.dtype)
                 pending.append(reduce_scatter(shards[-1], whole, async_op=True))
         torch._foreach_copy_(list(self.split(self.flat[:-1]).values()),
