@@ -105,6 +105,7 @@ class Hyperparameters:
     mlp_hidden: int = 2048  # 16 x 128: whole GEMM tiles
     mlp_slope: float = 0.5  # of the activation's negative side; 0: plain relu^2
     rope_dims: int = 32  # of each head's 128; the rest carries no position
+    smear_dims: int = 12  # inputs of each token's factor on its SmearGate
     key_shift: int = 0  # 1: those other dims of a key come from the token before
     gate_dims: int = 0  # inputs of the gate on each head's output; 0: no gates
     rope_base: float = 10_000.0  # longest wavelength over 2 pi, tokens
@@ -172,7 +173,7 @@ class Hyperparameters:
         def check(holds: bool, name: str, remedy: str) -> None:
             require(holds, f"{name.upper()}={getattr(self, name)!r}: {remedy}")
         for low, high, names in (
-            (2, math.inf, "vocab_size num_layers"),
+            (2, math.inf, "vocab_size num_layers smear_dims"),
             (1, math.inf, "model_dim num_heads num_kv_heads mlp_hidden ve_layers ve_dim iterations "
              "train_seq_len train_batch_tokens val_batch_size train_log_every warmup_steps"),
             (1e-12, math.inf, "rope_base logit_softcap adam_eps warmdown_fraction"),
@@ -183,7 +184,7 @@ class Hyperparameters:
         for must, pairs in {
             "divide": "num_heads:model_dim num_kv_heads:num_heads train_seq_len:train_batch_tokens",
             "not exceed": "train_seq_len:micro_batch_tokens eval_stride:train_seq_len "
-                "rope_dims:head_dim gate_dims:model_dim xsa_layers:num_layers "
+                "rope_dims:head_dim gate_dims:model_dim smear_dims:model_dim xsa_layers:num_layers "
                 "ve_layers:num_layers"}.items():
             for name, other in (pair.split(":") for pair in pairs.split()):
                 mine, its = getattr(self, name), getattr(self, other)
@@ -712,7 +713,7 @@ def parameter_shapes(h: Hyperparameters) -> dict[str, tuple[int, ...]]:
         "mlp_bank": (2 * layers, h.mlp_hidden, dim), "ve_proj": (1, h.kv_dim, h.ve_dim),
         "attn_scale": (layers, dim), "mlp_scale": (layers, dim), "resid_mix": (layers, 2, dim),
         "skip_weight": (layers // 2, dim), "q_gain": (layers, h.num_heads),
-        "smear_gate": (dim,), "ve_scale": (h.ve_layers,),
+        "smear_gate": (dim,), "smear_token": (h.smear_dims,), "ve_scale": (h.ve_layers,),
         **({"attn_gate": (layers, h.num_heads, h.gate_dims)} if h.gate_dims else {})}
 
 def initial_weights(h: Hyperparameters) -> dict[str, Tensor]:
@@ -730,13 +731,15 @@ def initial_weights(h: Hyperparameters) -> dict[str, Tensor]:
         w[name].fill_(value)
     return w
 
-def smear(x_BTD: Tensor, gate_D: Tensor, inputs_BT: Tensor) -> Tensor:
-    """SmearGate (pg#65): blends the previous token's embedding into each token's, per dimension;
-    never across the start of a document, nor from before the window."""
+def smear(x_BTD: Tensor, gate_D: Tensor, token_C: Tensor, inputs_BT: Tensor) -> Tensor:
+    """SmearGate (pg#65): blends the previous token's embedding into each token's, by a share per
+    dimension, times a factor from the token's first C dims, 1 at first (modded-nanogpt has that
+    factor alone); never across the start of a document, nor from before the window."""
     first = torch.arange(inputs_BT.shape[1], device=inputs_BT.device) == 0
     has_previous = ((inputs_BT != BOS_ID) & ~first)[..., None]
     previous = F.pad(x_BTD, (0, 0, 1, 0))[:, :-1]
-    return x_BTD + has_previous * torch.sigmoid(gate_D) * (previous - x_BTD)
+    factor_BT1 = 2 * torch.sigmoid(x_BTD[..., :len(token_C)] @ token_C)[..., None]
+    return x_BTD + has_previous * torch.sigmoid(gate_D) * factor_BT1 * (previous - x_BTD)
 def shift_keys(k_BTKE: Tensor, rotated: int) -> Tensor:
     """The dims after the first `rotated` come from the token before, so that a query finds what
     followed an earlier token like its own in one layer, not two (modded-nanogpt's key offset)."""
@@ -764,7 +767,8 @@ class GPT(nn.Module):
     def final_hidden(self, inputs_BT: Tensor) -> Tensor:
         """Residual stream after the last block, (B, T, D)."""
         h, layers = self.h, self.h.num_layers
-        x = smear(rms_norm(F.embedding(inputs_BT, self.tok_emb)), self.smear_gate, inputs_BT)
+        x = rms_norm(F.embedding(inputs_BT, self.tok_emb))
+        x = smear(x, self.smear_gate, self.smear_token, inputs_BT)
         # Projecting the table before the look-up is the same value at V/(B*T) of the work.
         ve = F.embedding(inputs_BT, F.linear(self.ve_emb, self.ve_proj[0]))
         rotary = rotary_table(x.shape[1], h.rope_dims, h.rope_base, x.device)
@@ -800,8 +804,8 @@ class GPT(nn.Module):
 # ---- 8. Optimizer and schedules -----------------------------------------------------------------
 MATRICES = ("qo_bank", "kv_bank", "mlp_bank", "ve_proj")  # Muon
 TABLES = ("tok_emb", "ve_emb")  # AdamW at embed_lr
-VECTORS = ("smear_gate", "resid_mix", "attn_scale", "mlp_scale", "q_gain", "skip_weight",
-           "ve_scale", "attn_gate")  # AdamW at scalar_lr
+VECTORS = ("smear_gate", "smear_token", "resid_mix", "attn_scale", "mlp_scale", "q_gain",
+           "skip_weight", "ve_scale", "attn_gate")  # AdamW at scalar_lr
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # since 2.13
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
@@ -1011,8 +1015,8 @@ class RunningMean:
 # in that order.  A rounded tensor has a frame of row scales and one of codes per matrix, so that
 # the entropy coder adapts to each; any other has one of float16.  Values are little-endian.
 ARCHITECTURE = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_hidden",
-                "mlp_slope", "rope_dims", "rope_base", "key_shift", "gate_dims", "xsa_layers",
-                "ve_layers", "ve_dim", "logit_softcap", "train_seq_len")
+                "mlp_slope", "rope_dims", "rope_base", "smear_dims", "key_shift", "gate_dims",
+                "xsa_layers", "ve_layers", "ve_dim", "logit_softcap", "train_seq_len")
 def rounded(state: Mapping[str, Tensor], h: Hyperparameters,
             step: float) -> Iterator[tuple[str, Tensor, Tensor]]:
     """(name, int8 codes (N, R, C), float32 scales (N, R, 1)) of every tensor that has a grid."""

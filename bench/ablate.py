@@ -33,8 +33,9 @@ HEADER = ("| run | settings | prediction | trained | averaged | packed | against
           "| sliding | ms/step | steps | bytes | seed |\n|" + "---|" * 12)
 # Technique -> (text of train_gpt.py, its replacement).  Parameters stay and get zero gradients.
 PATCHES: dict[str, list[tuple[str, str]]] = {
-    "smear": [("return x_BTD + has_previous * torch.sigmoid(gate_D) * (previous - x_BTD)",
-               "return x_BTD + 0.0 * gate_D")],
+    "smear": [("return x_BTD + has_previous * torch.sigmoid(gate_D) * factor_BT1 *",
+               "return x_BTD + 0.0 * torch.sigmoid(gate_D) * factor_BT1 *")],
+    "smear_by_token": [("2 * torch.sigmoid(x_BTD[", "1 + 0.0 * torch.sigmoid(x_BTD[")],
     "smear_bos_mask": [("((inputs_BT != BOS_ID) & ~first)[..., None]", "~first[:, None]")],
     "depth_scale": [("(i + 1) ** -0.5", "1.0")],
     "value_embedding": [("v + (self.ve_scale[ve_index] *",

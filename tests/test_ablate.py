@@ -91,6 +91,7 @@ def effects(tg: Any) -> dict[str, Any]:
 
 TOUCHED = {  # technique -> the parts that change without it; all others stay
     "smear": {"losses", "masters"}, "smear_bos_mask": {"losses", "masters"},
+    "smear_by_token": {"losses", "masters"},
     "depth_scale": {"losses", "masters"}, "value_embedding": {"losses", "masters"},
     "unet_skips": {"losses", "masters"}, "normuon": {"masters"}, "polar_express": {"masters"},
     "gptq_lite": {"scales"}, "int8_layers": {"qmax"}, "shuffling": {"batch"},

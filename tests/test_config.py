@@ -343,7 +343,8 @@ def parameters_by_hand(h: Hyperparameters) -> int:
     gains = 4 * h.model_dim + h.num_heads * (1 + h.gate_dims)  # mix, attn, mlp; q and gates
     tables = h.vocab_size * (h.model_dim + h.ve_dim) + h.num_kv_heads * head * h.ve_dim
     skips = h.num_layers // 2 * h.model_dim
-    return h.num_layers * (attention + mlp + gains) + tables + skips + h.model_dim + h.ve_layers
+    smear = h.model_dim + h.smear_dims
+    return h.num_layers * (attention + mlp + gains) + tables + skips + smear + h.ve_layers
 
 
 def test_the_card_counts_32_million_parameters_as_its_model_holds(

@@ -98,7 +98,9 @@ def ref_losses(
     x = embedded.clone()
     for t in range(1, length):
         if inputs[t] != BOS_ID:
-            x[t] = (1 - gate) * embedded[t] + gate * embedded[t - 1]
+            own = embedded[t, : h.smear_dims] @ w["smear_token"]
+            share = gate * 2 / (1 + torch.exp(-own))
+            x[t] = (1 - share) * embedded[t] + share * embedded[t - 1]
     x0 = x
     outputs: list[Tensor] = []
     value_embedding = w["ve_emb"][inputs] @ w["ve_proj"][0].T
@@ -293,7 +295,7 @@ def test_rotary_scores_depend_only_on_the_distance() -> None:
 def test_smear_changes_neither_position_0_nor_a_document_start() -> None:
     x = torch.randn(2, 6, 4)
     inputs = torch.tensor([[7, 5, BOS_ID, 5, BOS_ID, BOS_ID], [BOS_ID, 5, 6, 7, 8, 9]])
-    out = train_gpt.smear(x, torch.randn(4), inputs)
+    out = train_gpt.smear(x, torch.randn(4), torch.randn(3), inputs)
     assert torch.equal(out[:, 0], x[:, 0])
     assert torch.equal(out[inputs == BOS_ID], x[inputs == BOS_ID])
 
@@ -301,11 +303,12 @@ def test_smear_changes_neither_position_0_nor_a_document_start() -> None:
 def test_smear_elsewhere_mixes_in_the_previous_token() -> None:
     x, gate = random(2, 6, 4), random(4, seed=1)
     inputs = torch.tensor([[7, 5, BOS_ID, 5, 6, 7], [BOS_ID, 5, 6, 7, 8, 9]])
-    out = train_gpt.smear(x, gate, inputs)
-    share = 1 / (1 + torch.exp(-gate))
+    token = random(3, seed=2)
+    out = train_gpt.smear(x, gate, token, inputs)
     for b in range(2):
         for t in range(1, 6):
             if inputs[b, t] != BOS_ID:
+                share = 2 / (1 + torch.exp(-gate)) / (1 + torch.exp(-x[b, t, :3] @ token))
                 expected = (1 - share) * x[b, t] + share * x[b, t - 1]
                 torch.testing.assert_close(out[b, t], expected, rtol=0, atol=1e-12)
 
@@ -340,7 +343,7 @@ def test_every_parameter_has_a_gradient_after_one_backward() -> None:
 def test_every_layer_has_its_own_part_of_each_gradient() -> None:
     h = tiny()
     grads = gradients(tiny_model(h), h)
-    for name in set(grads) - set(TABLES) - {"smear_gate"}:
+    for name in set(grads) - set(TABLES) - {"smear_gate", "smear_token"}:
         grad = grads[name]
         assert grad is not None
         assert (grad.flatten(1) if grad.dim() > 1 else grad[:, None]).abs().amax(1).min() > 0, name
