@@ -129,4 +129,7 @@ def main(timed: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 20)
+    try:
+        main(int(sys.argv[1]) if len(sys.argv) > 1 else 20)
+    except tg.RunError as error:
+        sys.exit(f"error: {error}")

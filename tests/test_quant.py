@@ -234,7 +234,8 @@ def test_every_matrix_has_a_grid_and_no_gain_has_one() -> None:
     h = support.tiny()
     shapes = train_gpt.parameter_shapes(h)
     grids = train_gpt.export_grids(h)
-    vectors = {n for n in shapes if n.endswith(("_scale", "_gate", "_mix", "_gain", "_weight", "_token"))}
+    kinds = ("_scale", "_gate", "_token", "_mix", "_gain", "_weight")
+    vectors = {name for name in shapes if name.endswith(kinds)}
     assert grids.keys() == shapes.keys() - vectors
     for name, g in grids.items():
         matrices = math.prod(shapes[name][:-2])
