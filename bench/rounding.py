@@ -5,6 +5,8 @@
 
 Calibration takes WINDOWS (16) training windows, scoring SCORED (24) validation windows spread over
 the split, enough for differences because all ways meet the same tokens; minutes on two CPU cores.
+STAGE=trained rounds the last iterate instead of the average: on the very step that late QAT had,
+which the run's log tells, it may lose nothing (ABLATIONS.md).
 For `fisher` the row steps are rescaled until the entropy is that of `nearest` at the step given.
 """
 from __future__ import annotations
@@ -164,11 +166,12 @@ def by_fisher(h: tg.Hyperparameters, weights: Weights, size: float,
     return attempt(2.0**high)
 
 
-def main(path: str, ways: list[str], steps: list[float], calibration: int, scored: int) -> None:
+def main(path: str, ways: list[str], steps: list[float], calibration: int, scored: int,
+         stage: str) -> None:
     saved = torch.load(path, map_location="cpu", weights_only=True)
     h = dataclasses.replace(with_sample(tg.Hyperparameters.from_env(os.environ)),
                             **saved["architecture"])
-    weights = {name: w.float() for name, w in saved["stages"]["averaged"].items()}
+    weights = {name: w.float() for name, w in saved["stages"][stage].items()}
     plan = tg.BatchPlan(tg.open_split(h.data_path, "train"), h.train_seq_len, calibration, 1)
     windows = torch.from_numpy(plan.tokens(0, range(calibration)))
     split = np.concatenate(tg.open_split(h.data_path, "val"))
@@ -186,7 +189,7 @@ def main(path: str, ways: list[str], steps: list[float], calibration: int, score
         return float(torch.stack(rows).mean())
 
     floating = loss({})
-    print(f"float: {floating * bits_per_byte:.5f} bpb on {scored} windows")
+    print(f"{stage}, float: {floating * bits_per_byte:.5f} bpb on {scored} windows")
     moments = input_moments(h, weights, windows) if "gptq" in ways else {}
     fisher = squared_gradients(h, weights, windows) if "fisher" in ways else {}
     for step in steps:
@@ -203,4 +206,5 @@ def main(path: str, ways: list[str], steps: list[float], calibration: int, score
 
 if __name__ == "__main__":
     main(sys.argv[1], sys.argv[2].split(","), [float(x) for x in sys.argv[3].split(",")],
-         *[int(x) for x in (sys.argv[4:] + ["16", "24"][len(sys.argv) - 4 :])])
+         *[int(x) for x in (sys.argv[4:] + ["16", "24"][len(sys.argv) - 4 :])],
+         stage=os.environ.get("STAGE", "averaged"))
