@@ -17,6 +17,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -45,14 +46,7 @@ class Steps:
         self.h, self.runtime, self.trainer = h, runtime, tg.Trainer(h, runtime, kernels)
         self.plan = tg.BatchPlan(tg.open_split(h.data_path, "train"), h.train_seq_len,
                                  h.train_batch_tokens // h.train_seq_len, h.seed)
-        restore = self.trainer.optimizer.snapshot()
-        for late_qat in (False, True):
-            if late_qat:
-                self.start_qat()
-            self.trainer.train_step(self.batch(0), 1.0)
-            if runtime.device.type == "cuda":
-                self.trainer.capture(self.batch(0))
-        restore()
+        self.trainer.warm_up(SimpleNamespace(warm_up=lambda model: None))  # nothing is scored
 
     def batch(self, number: int) -> torch.Tensor:
         """This rank's rows of a batch."""
@@ -69,9 +63,6 @@ class Steps:
         """Of the run's first steps, so call it first."""
         return [float(self.step(self.batch(i), i)) for i in range(COMPARED)]
 
-    def start_qat(self) -> None:
-        self.trainer.optimizer.start_qat(self.trainer.weight_bytes())
-
     def milliseconds(self, timed: int) -> float:
         """Wall clock of a step, the mean of `timed` in a row."""
         tokens = self.batch(COMPARED)
@@ -86,7 +77,7 @@ class Steps:
     def both(self, timed: int) -> list[float]:
         """Milliseconds a step without and with late QAT, which is on from now on."""
         plain = self.milliseconds(timed)
-        self.start_qat()
+        self.trainer.optimizer.start_qat(self.trainer.weight_bytes())
         return [plain, self.milliseconds(timed)]
 
 
