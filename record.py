@@ -1,17 +1,18 @@
 """Writes submission.json for the runs of a folder: seeds, statistics, the challenge's limits.
 
-    python record.py [FOLDER]           (train_gpt.py calls `add_result` after every complete run)
+    python record.py [FOLDER]      (train_gpt.py calls `write_submission` after every complete run)
 
-Every complete run leaves a result_seed<N>.json.  Those that share settings, code, data and hardware
-with the newest are merged: means, sample standard deviations, what the worst seed needed.  With
+Every complete run leaves a result_seed<N>.json.  Those whose recipe (settings, code, data and
+hardware) equals the newest one's are merged: means, sample standard deviations, what the worst seed
+needed.
+
 BASELINE_LOSS (nats of the seeds to beat, comma-separated) or BASELINE_BPB (the same in bits per
 byte) and two seeds or more it adds Welch's test for the rule of records: better by at least 0.005
 nats at p < 0.01.  AUTHOR, GITHUB_ID and BLURB fill the fields of that name.
 """
+
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import json
 import math
 import os
@@ -23,25 +24,15 @@ from typing import Any
 
 import numpy as np
 
-Result = dict[str, Any]  # what `add_result` gets of a run, and what it adds
+Result = dict[str, Any]  # a result_seed<N>.json as train_gpt.py wrote it
 Log = Callable[[str], None]
-Write = Callable[[Path, bytes], None]
 CAPS = {"train_seconds": 600, "eval_seconds": 600, "artifact_bytes": 16_000_000}
 RECORD_NATS, RECORD_P, RECORD_SEEDS = 0.005, 0.01, 3
-PER_RUN = (  # settings that may differ between merged runs: they change no score
-    "preset", "run_id", "seed", "device", "compile_backend", "data_path", "tokenizer_path",
-    "output_dir", "eval_only", "resume_from", "on_interrupt", "eval_dump", "val_loss_every",
-    "train_log_every")
 
 
-def recipe(result: Result) -> dict[str, Any]:
+def recipe_of(result: Result) -> dict[str, Any]:
     """All that merged seeds have in common."""
-    training, score = result["training"], result["scores"]["packed"]
-    settings = {name: v for name, v in result["settings"].items() if name not in PER_RUN}
-    return settings | {
-        "code": result["code_sha256"], "dataset": result["dataset"], "val_tokens": score["tokens"],
-        "hardware": result["environment"]["hardware"],
-        "whole_run": not (training.get("interrupted") or training.get("fault"))}
+    return dict(result["recipe"])
 
 
 def load_results(folder: Path, log: Log) -> list[Result]:
@@ -50,16 +41,17 @@ def load_results(folder: Path, log: Log) -> list[Result]:
     for path in sorted(folder.glob("result_seed*.json")):
         try:
             result = json.loads(path.read_text())
-            recipe(result)
+            recipe_of(result)
             found.append((result["time"], path.name, result))
         except (ValueError, LookupError, TypeError, AttributeError):
             log(f"seeds: {path.name} is not a result of train_gpt.py and is not merged")
     if not found:
         raise FileNotFoundError(f"{folder}: no result_seed*.json of a complete run")
     *found, newest = sorted(found, key=lambda row: row[:2])
-    merged, wanted = [], recipe(newest[2])
+    merged = []
+    wanted = recipe_of(newest[2])
     for _, name, result in found:
-        other = [key for key, value in recipe(result).items() if value != wanted.get(key)]
+        other = [key for key, value in recipe_of(result).items() if value != wanted.get(key)]
         if other:
             log(f"seeds: {name} is of another {', '.join(other[:5])} and is not merged")
         else:
@@ -76,19 +68,24 @@ def seed_result(result: Result) -> dict[str, Any]:
     scores, training = result["scores"], result["training"]
     best = scores.get("sliding", scores["packed"])
     return {
-        "val_loss": best["nats"] / best["tokens"], "val_bpb": bits_per_byte(best),
+        "val_loss": best["nats"] / best["tokens"],
+        "val_bpb": bits_per_byte(best),
         "val_bpb_roundtrip": bits_per_byte(scores["packed"]),
         "artifact_bytes": result["bytes_code"] + result["bytes_model"],
-        "steps": training["step_stop"], "step_avg_ms": training["step_avg_ms"],
+        "steps": training["step_stop"],
+        "step_avg_ms": training["step_avg_ms"],
         "train_seconds": training["wallclock_seconds"],
-        "eval_seconds": round(sum(score["seconds"] for score in scores.values()), 3)}
+        "eval_seconds": round(sum(score["seconds"] for score in scores.values()), 3),
+    }
 
 
 def student_tail(t: float, df: float) -> float:
     """P(T > t) of Student's t.  With x = sqrt(df) tan(a) its density becomes cos(a)^(df - 1)."""
+
     def integral(low: float, high: float) -> float:
         width = (high - low) / 200_000
         return float((np.cos(low + width * (np.arange(200_000) + 0.5)) ** (df - 1)).sum() * width)
+
     return integral(math.atan(t / math.sqrt(df)), math.pi / 2) / integral(-math.pi / 2, math.pi / 2)
 
 
@@ -113,8 +110,10 @@ def baseline(env: Mapping[str, str], nats_per_bpb: float) -> list[float]:
             try:
                 return [float(part) * scale for part in env[name].split(",")]
             except ValueError:
-                raise ValueError(f"{name}={env[name]!r}: expected numbers with commas between "
-                                 "them; no test was made, `python record.py` repeats it") from None
+                raise ValueError(
+                    f"{name}={env[name]!r}: expected numbers with commas between "
+                    "them; no test was made, `python record.py` repeats it"
+                ) from None
     return []
 
 
@@ -124,27 +123,12 @@ def compliance(results: list[Result], seeds: list[dict[str, Any]]) -> dict[str, 
     new, tokens = results[-1], results[-1]["scores"]["packed"]["tokens"]
     hardware = new["environment"]["hardware"]
     rows = [(name, worst[name], f"<= {cap}", worst[name] <= cap) for name, cap in CAPS.items()]
-    rows += [("seeds", len(seeds), f">= {RECORD_SEEDS}", len(seeds) >= RECORD_SEEDS),
-             ("val_tokens", tokens, "FineWeb", new["dataset"].startswith("fineweb")),
-             ("hardware", hardware, "8 x H100", hardware.startswith("8 x NVIDIA H100"))]
+    rows += [
+        ("seeds", len(seeds), f">= {RECORD_SEEDS}", len(seeds) >= RECORD_SEEDS),
+        ("val_tokens", tokens, "FineWeb", new["dataset"].startswith("fineweb")),
+        ("hardware", hardware, "8 x H100", hardware.startswith("8 x NVIDIA H100")),
+    ]
     return {name: {"found": found, "rule": rule, "fits": fits} for name, found, rule, fits in rows}
-
-
-def add_result(folder: Path, log: Log, write: Write, evaluator: Any, environment: dict[str, Any],
-               training: dict[str, Any], scores: Mapping[str, Any], bytes_model: int) -> None:
-    """Keeps the result of a run that has just been scored and writes submission.json anew.  `write`
-    is train_gpt.write_atomic: importing the program that is running would run it twice."""
-    code = Path(__file__).with_name("train_gpt.py").read_bytes()
-    result: Result = {
-        "settings": dataclasses.asdict(evaluator.h), "dataset": evaluator.dataset,
-        "model_params": evaluator.h.parameters(), "environment": environment,
-        "training": training, "code_sha256": hashlib.sha256(code).hexdigest(),
-        "bytes_code": len(code), "bytes_model": bytes_model, "time": time.time(),
-        "scores": {stage: dataclasses.asdict(score) for stage, score in scores.items()}}
-    # The seed is that of the training, whatever SEED is set to where RESUME_FROM goes on with it.
-    seed = result["training"].setdefault("seed", result["settings"]["seed"])
-    write(folder / f"result_seed{seed}.json", json.dumps(result).encode())
-    write(folder / "submission.json", submission(folder, os.environ, log).encode())
 
 
 def submission(folder: Path, env: Mapping[str, str], log: Log) -> str:
@@ -164,40 +148,65 @@ def submission(folder: Path, env: Mapping[str, str], log: Log) -> str:
             log(f"seeds: {error}")
     h, training, scores = new["settings"], new["training"], new["scores"]
     rules = compliance(results, list(rows.values()))
-    log("submission seeds:" + ",".join(rows)
-        + "".join(f" {name}:{value:.6g}" for name, value in over.items()))
-    parts = [f"{name}:{row['found']} ({row['rule']}: {str(row['fits']).lower()})"
-             for name, row in rules.items() if name != "artifact_bytes"]  # the last line has them
+    log(
+        "submission seeds:"
+        + ",".join(rows)
+        + "".join(f" {name}:{value:.6g}" for name, value in over.items())
+    )
+    parts = [
+        f"{name}:{row['found']} ({row['rule']}: {str(row['fits']).lower()})"
+        for name, row in rules.items()
+        if name != "artifact_bytes"
+    ]  # the last line has them
     parts += [f"{name}:{training.get(name)}" for name in ("train_shards", "train_tokens")]
     log("compliance " + " ".join(parts))
     blurb = f"{h['num_layers']}L x {h['model_dim']}, XSA, VE, SmearGate, Muon, SWA, late QAT, int6"
     content = {
         "author": env.get("AUTHOR", "Parameter Golf maintainers"),
-        "github_id": env.get("GITHUB_ID", ""), "name": h["run_id"],
-        "blurb": env.get("BLURB", blurb), "date": time.strftime("%Y-%m-%d"),
-        "track": "10min_16mb", "dataset": new["dataset"], "hardware": hardware,
-        "pytorch_version": new["environment"]["torch"], "model_params": new["model_params"],
-        **over, **{f"{s}_val_bpb": bits_per_byte(scores[s])
-                   for s in ("trained", "averaged") if s in scores},
-        "eval_stride": h["eval_stride"], "val_tokens": scores["packed"]["tokens"],
-        "bytes_total": new["bytes_code"] + new["bytes_model"], "bytes_code": new["bytes_code"],
+        "github_id": env.get("GITHUB_ID", ""),
+        "name": h["run_id"],
+        "blurb": env.get("BLURB", blurb),
+        "date": time.strftime("%Y-%m-%d"),
+        "track": "10min_16mb",
+        "dataset": new["dataset"],
+        "hardware": hardware,
+        "pytorch_version": new["environment"]["torch"],
+        "model_params": new["model_params"],
+        **over,
+        **{
+            f"{s}_val_bpb": bits_per_byte(scores[s]) for s in ("trained", "averaged") if s in scores
+        },
+        "eval_stride": h["eval_stride"],
+        "val_tokens": scores["packed"]["tokens"],
+        "bytes_total": new["bytes_code"] + new["bytes_model"],
+        "bytes_code": new["bytes_code"],
         "bytes_model_int6_zstd": new["bytes_model"],
         "artifact_bytes_mean": float(np.mean(column["artifact_bytes"])),
         "artifact_bytes_max": max(column["artifact_bytes"]),
         **{name: value for name, value in training.items() if name not in ("seed", "fault")},
-        "eval_time_seconds": column["eval_seconds"][-1], "compliance": rules,
-        "seeds": [int(seed) for seed in rows], "seed_results": rows, "recipe": recipe(new)}
+        "eval_time_seconds": column["eval_seconds"][-1],
+        "compliance": rules,
+        "seeds": [int(seed) for seed in rows],
+        "seed_results": rows,
+        "recipe": recipe_of(new),
+    }
     return json.dumps(content, indent=2) + "\n"
 
 
+def write_submission(folder: Path, env: Mapping[str, str], log: Log) -> None:
+    """Writes submission.json of the folder's results, whole or not at all."""
+    text = submission(folder, env, log)
+    temporary = folder / "submission.json.tmp"
+    temporary.write_text(text)
+    os.replace(temporary, folder / "submission.json")
+
+
 def main() -> None:
-    from train_gpt import write_atomic
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else ".")
     try:
-        text = submission(folder, os.environ, print)
+        write_submission(folder, os.environ, print)
     except FileNotFoundError as error:
         sys.exit(f"error: {error}")
-    write_atomic(folder / "submission.json", text.encode())
 
 
 if __name__ == "__main__":
