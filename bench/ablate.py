@@ -9,8 +9,8 @@ techniques of the program: the names are those of PATCHES, which edits a copy of
 environment holds what all variants share (P-steps: ITERATIONS=1600 TRAIN_BATCH_TOKENS=98304
 MAX_WALLCLOCK_SECONDS=0); EVAL_STRIDE=0 leaves out the sliding score; logs and weights are kept if
 OUTPUT_DIR names a folder for them.  Graphs compiled once are found again in Inductor's cache.  Rows
-are printed and appended to ABLATIONS.md, or to the file that the variable TABLE names, in the order
-of the arguments, each as soon as it can be; a run that fails gets a row too.  SIGTERM, which
+are printed and appended to docs/ABLATIONS.md, or to the file that the variable TABLE names, in the
+order of the arguments, each as soon as it can be; a run that fails gets a row too.  SIGTERM, which
 `timeout` sends, ends the runs under way and starts no other; the rows of both are written.
 """
 from __future__ import annotations
@@ -222,7 +222,7 @@ if __name__ == "__main__":
         if sys.argv[1:2] == ["--one"]:
             one(Variant(*json.loads(sys.argv[2])))
         else:
-            file = Path(os.environ.pop("TABLE", str(REPO / "ABLATIONS.md")))
+            file = Path(os.environ.pop("TABLE", str(REPO / "docs/ABLATIONS.md")))
             main(sys.argv[1:] or ["base"], file, int(os.environ.pop("WORKERS", "1")))
     except Mistake as error:
         sys.exit(f"error: {error}")

@@ -2,7 +2,7 @@
 
     python bench/attention.py [SEQUENCES]        # seconds on one H100; a CPU takes 1 sequence
 
-Shapes are the model's (48 x 2048 tokens, 8 query heads, 4 key/value heads of width 64) unless
+Shapes are the model's (48 x 2048 tokens, 4 query heads, 2 key/value heads of width 128) unless
 environment variables override the hyperparameters.  TFLOP/s counts the causal half: 2 products
 forward and 5 backward of 2 * B * H * T^2 / 2 * E operations each.
 """

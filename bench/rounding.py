@@ -6,7 +6,7 @@
 Calibration takes WINDOWS (16) training windows, scoring SCORED (24) validation windows spread over
 the split, enough for differences because all ways meet the same tokens; minutes on two CPU cores.
 STAGE=trained rounds the last iterate instead of the average: on the very step that late QAT had,
-which the run's log tells, it may lose nothing (ABLATIONS.md).
+which the run's log tells, it may lose nothing (docs/ABLATIONS.md).
 For `fisher` the row steps are rescaled until the entropy is that of `nearest` at the step given.
 """
 from __future__ import annotations
