@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import sentencepiece
 import torch
 from hypothesis import settings
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
@@ -84,23 +84,22 @@ def cpu_runtime(**overrides: Any) -> train_gpt.Runtime:
 # Numbers
 
 
-class InFloat64(TorchFunctionMode):
-    """What asks for float32 gets float64: `x.float()`, and the positions of a rotary table."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        if func is Tensor.float:
-            return args[0].double()
-        if func is torch.arange and kwargs.get("dtype") is torch.float32:
-            kwargs = kwargs | {"dtype": torch.float64}
-        return func(*args, **(kwargs or {}))
-
-
 @contextmanager
 def in_float64() -> Iterator[None]:
-    """A float64 model rounds nothing to float32 in here, so that it can be held to 1e-9."""
-    with InFloat64():
+    """A float64 model rounds nothing to float32 in here, so that it can be held to 1e-9.
+
+    Where it asks for float32 it gets float64: `x.float()`, and the positions of a rotary table."""
+    arange = torch.arange
+
+    def wide_arange(*args: Any, **kwargs: Any) -> Tensor:
+        if kwargs.get("dtype") is torch.float32:
+            kwargs["dtype"] = torch.float64
+        return arange(*args, **kwargs)
+
+    with (
+        mock.patch.object(Tensor, "float", Tensor.double),
+        mock.patch.object(torch, "arange", wide_arange),
+    ):
         yield
 
 
@@ -110,13 +109,13 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
 
 
 class FakeClock:
-    """Stands in for the module `time`: moves when told, and by 1 ns at every look."""
+    """Stands in for the module `time`: moves when told, and by `tick` at every look."""
 
-    def __init__(self) -> None:
-        self.now = 100.0
+    def __init__(self, tick: float = 1e-9) -> None:
+        self.now, self.tick = 100.0, tick
 
     def perf_counter(self) -> float:
-        self.now += 1e-9
+        self.now += self.tick
         return self.now
 
     def __getattr__(self, name: str) -> Any:
