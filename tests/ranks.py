@@ -1,16 +1,15 @@
 """A few optimizer steps on this process's share of every batch, everything of interest saved.
 
-torchrun --standalone --nproc_per_node=N tests/ranks.py OUT.pt     (or `record` in one process)
+torchrun --standalone --nproc_per_node=N tests/ranks.py OUT.pt     (or `results` in one process)
 """
 
 import os
 import sys
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
-from support import tiny, tiny_model, train_gpt
+from support import byte_table, in_float64, tiny, tiny_model, train_gpt
 
 PLAIN_STEPS, QAT_STEPS, SEQUENCES = 20, 2, 6  # which 1, 2 and 3 ranks divide
 LAYOUT: dict[str, int] = dict(  # 8 matrices a bank and 1 of ve_proj: padded over 3 ranks
@@ -30,15 +29,15 @@ def evaluate(runtime: train_gpt.Runtime) -> dict[str, Any]:
     """Sums and per-token losses of a split in float64, plain and sliding."""
     h = tiny(eval_dump="kept")
     tokens = np.random.default_rng(0).integers(1, h.vocab_size, 13 * h.train_seq_len + 5)
-    table = train_gpt.ByteTable(*np.ones((3, h.vocab_size), dtype=np.int64))
-    with mock.patch.object(torch.Tensor, "float", torch.Tensor.double):
+    table = byte_table(h.vocab_size)
+    with in_float64():
         evaluator = train_gpt.Evaluator(h, runtime, tokens.astype(np.uint16), table)
         model = tiny_model(h, torch.float64)
         nats = [evaluator.score(model, s, train_gpt.RunLog(None)).nats for s in (0, h.eval_stride)]
     return {"nats": nats, "dump": {k: torch.from_numpy(v) for k, v in evaluator.dump.items()}}
 
 
-def record(runtime: train_gpt.Runtime) -> dict[str, Any]:
+def results(runtime: train_gpt.Runtime) -> dict[str, Any]:
     """Losses of all steps and the whole tensors that they leave."""
     h = tiny(**LAYOUT)
     trainer = train_gpt.Trainer(h, runtime, train_gpt.Kernels())
@@ -79,9 +78,9 @@ def record(runtime: train_gpt.Runtime) -> dict[str, Any]:
 def main() -> None:
     h = tiny(**LAYOUT)
     runtime = train_gpt.Runtime.start(h, os.environ)
-    result = record(runtime)
+    mine = results(runtime)
     if runtime.rank == 0:
-        torch.save(result, sys.argv[1])
+        torch.save(mine, sys.argv[1])
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 

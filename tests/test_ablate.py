@@ -153,7 +153,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_runs_append_their_rows_in_order_and_a_failure_stops_nothing(small: Path) -> None:
+def test_rows_come_in_order_and_a_failure_stops_nothing(small: Path) -> None:
     table = small / "TABLE.md"
     table.write_text("# Before\n")
     arguments = ["base", "longer (-0.1): ITERATIONS=6", "no budget (0): ARTIFACT_BYTES=95000",
@@ -170,7 +170,7 @@ def test_runs_append_their_rows_in_order_and_a_failure_stops_nothing(small: Path
     assert torch.load(small / "out/longer/final_model.partial.pt", weights_only=True)
 
 
-def test_sigterm_ends_the_run_under_way_keeps_its_row_and_starts_no_other(small: Path) -> None:
+def test_sigterm_keeps_the_row_under_way_and_starts_no_other(small: Path) -> None:
     table = small / "TABLE.md"
     command = [sys.executable, str(ablate.REPO / "bench/ablate.py"), "endless: ITERATIONS=1000000",
                "never: ITERATIONS=1000000"]  # fmt: skip

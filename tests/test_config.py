@@ -12,16 +12,15 @@ import support
 import torch
 
 import train_gpt
-from train_gpt import Hyperparameters, RunError
+from train_gpt import Hyperparameters
 
 FIELDS = {field.name: field for field in dataclasses.fields(Hyperparameters)}
 
 
-def refusal(**env: object) -> str:
+def settings_refusal(**env: object) -> str:
     """The message with which an environment is refused."""
-    with pytest.raises(RunError) as caught:
-        Hyperparameters.from_env({name: str(value) for name, value in env.items()})
-    return str(caught.value)
+    values = {name: str(value) for name, value in env.items()}
+    return support.refusal(Hyperparameters.from_env, values)
 
 
 # Overrides
@@ -37,15 +36,15 @@ def refusal(**env: object) -> str:
         ("ITERATION", "ITERATIONS"),
     ],
 )
-def test_a_misspelt_override_is_refused_with_the_name_that_was_meant(name: str, meant: str) -> None:
-    message = refusal(**{name: "7"})
+def test_a_misspelt_override_is_told_the_name_that_was_meant(name: str, meant: str) -> None:
+    message = settings_refusal(**{name: "7"})
     assert f"{name}='7'" in message
     assert message.endswith(f"{meant}?")
 
 
 @pytest.mark.parametrize("name", sorted(train_gpt.RETIRED))
-def test_a_retired_name_of_the_challenge_is_refused_with_its_successor(name: str) -> None:
-    message = refusal(**{name: "2"})
+def test_a_retired_name_is_refused_with_its_successor(name: str) -> None:
+    message = settings_refusal(**{name: "2"})
     assert f"{name}='2'" in message
     assert train_gpt.RETIRED[name] in message
 
@@ -77,10 +76,10 @@ def test_unrelated_environment_variables_are_ignored() -> None:
         ("MATRIX_LR", "fast", "float"),
     ],
 )
-def test_a_value_that_does_not_parse_is_refused_with_variable_value_and_fix(
+def test_a_value_that_does_not_parse_is_refused_with_the_fix(
     name: str, text: str, kind: str
 ) -> None:
-    message = refusal(**{name: text})
+    message = settings_refusal(**{name: text})
     assert f"{name}={text!r}" in message
     assert kind in message
     assert "set" in message.partition(";")[2]
@@ -88,12 +87,12 @@ def test_a_value_that_does_not_parse_is_refused_with_variable_value_and_fix(
 
 @pytest.mark.parametrize("text", ["-1", "nan", "inf", "-inf", "1e999"])
 def test_a_number_below_zero_or_not_finite_is_refused(text: str) -> None:
-    assert f"MATRIX_LR={text!r}" in refusal(MATRIX_LR=text)
+    assert f"MATRIX_LR={text!r}" in settings_refusal(MATRIX_LR=text)
 
 
 @pytest.mark.parametrize("name", ["NUM_LAYERS", "SEED", "WARMUP_STEPS"])
 def test_a_negative_count_is_refused(name: str) -> None:
-    assert f"{name}='-3'" in refusal(**{name: "-3"})
+    assert f"{name}='-3'" in settings_refusal(**{name: "-3"})
 
 
 def test_every_field_can_be_overridden_by_its_name_in_capitals() -> None:
@@ -123,7 +122,7 @@ def test_the_defaults_are_the_card_preset() -> None:
 
 
 def test_an_unknown_preset_is_refused_with_the_known_ones() -> None:
-    message = refusal(PRESET="crad")
+    message = settings_refusal(PRESET="crad")
     assert "PRESET='crad'" in message
     for known in train_gpt.PRESETS:
         assert known in message
@@ -201,10 +200,8 @@ NONSENSE = [
 @pytest.mark.parametrize(
     ("name", "env"), NONSENSE, ids=["-".join(f"{k}={v}" for k, v in e.items()) for _, e in NONSENSE]
 )
-def test_a_nonsensical_combination_is_refused_before_anything_starts(
-    name: str, env: dict[str, object]
-) -> None:
-    message = refusal(**env)
+def test_a_nonsensical_combination_is_refused_by_name(name: str, env: dict[str, object]) -> None:
+    message = settings_refusal(**env)
     assert name in message
     assert len(message) > len(name) + 10, "the message must say what to set"
 
@@ -270,7 +267,7 @@ def test_the_search_for_read_fields_does_not_find_everything() -> None:
     assert "iterations" in fields_read_by_the_program()
 
 
-def test_the_architecture_lists_exactly_the_fields_that_scoring_depends_on() -> None:
+def test_the_architecture_lists_what_scoring_depends_on() -> None:
     assert set(train_gpt.ARCHITECTURE) <= FIELDS.keys()
     base = support.tiny()
     names = set(train_gpt.parameter_shapes(base))
@@ -324,7 +321,7 @@ print("imported")
 """
 
 
-def test_importing_the_program_touches_no_file_no_environment_and_no_gpu(tmp_path: Path) -> None:
+def test_importing_touches_no_file_no_environment_and_no_gpu(tmp_path: Path) -> None:
     result = subprocess.run(
         [sys.executable, "-B", "-c", IMPORT_UNDER_WATCH],
         cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
@@ -347,9 +344,10 @@ def parameters_by_hand(h: Hyperparameters) -> int:
     return h.num_layers * (attention + mlp + gains) + tables + skips + smear + h.ve_layers
 
 
-def test_the_card_counts_32_million_parameters_as_its_model_holds(
+def test_the_card_counts_the_parameters_that_its_model_holds(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """32.4 million."""
     h = Hyperparameters()
     # orthogonalising 44 matrices takes seconds and changes no shape
     monkeypatch.setattr(torch.nn.init, "orthogonal_", lambda w, **_: w)

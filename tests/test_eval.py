@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import support
 import torch
+from support import FakeClock
 from torch import Tensor
 
 import train_gpt
-from train_gpt import ByteTable, Evaluator, RunError, Score
+from train_gpt import Evaluator, Score
 
 T, V = 16, 64
 H = support.tiny(train_seq_len=T, train_batch_tokens=8 * T, eval_stride=4, val_batch_size=3 * T)
@@ -25,12 +26,9 @@ STRIDES = (0, 1, 3, 4, 5, 8, 15, 16)  # dividing the window and not, one token t
 
 
 @pytest.fixture(autouse=True)
-def float64_throughout(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The model casts to float32 where bfloat16 would be too coarse; here nothing is rounded."""
-    monkeypatch.setattr(
-        torch.Tensor, "float", lambda self: self if self.dtype == torch.float64 else self.double()
-    )
-    yield
+def float64_throughout() -> Iterator[None]:
+    with support.in_float64():
+        yield
 
 
 @functools.cache
@@ -38,20 +36,18 @@ def model() -> train_gpt.GPT:
     return support.tiny_model(H, torch.float64)
 
 
-def text(length: int, seed: int = 0) -> np.ndarray:
+def random_tokens(length: int, seed: int = 0) -> np.ndarray:
     """Tokens with a document start (id 1) now and then."""
     tokens = np.random.default_rng(seed).integers(4, V, length)
     tokens[::11] = 1
     return tokens.astype(np.uint16)
 
 
-def byte_table() -> ByteTable:
-    ids = np.arange(200)
-    return ByteTable((ids % 5 + 1) * (ids > 3), ids % 3 == 0, ids <= 3)
+TABLE = support.uneven_byte_table(200)
 
 
 def evaluator(tokens: np.ndarray, h: train_gpt.Hyperparameters = H, **runtime: int) -> Evaluator:
-    return Evaluator(h, support.cpu_runtime(**runtime), tokens, byte_table())
+    return Evaluator(h, support.cpu_runtime(**runtime), tokens, TABLE)
 
 
 def next_token_nats(context: np.ndarray) -> Tensor:
@@ -78,7 +74,7 @@ def context_start(target: int, stride: int) -> int:
 @functools.cache
 def nats_by_loop(length: int, stride: int, seed: int = 0) -> tuple[float, ...]:
     """Loss of tokens 1 ... length - 1, one at a time, each from a call that sees only its past."""
-    tokens, losses = text(length, seed), []
+    tokens, losses = random_tokens(length, seed), []
     for target in range(1, length):
         start = context_start(target, stride)
         inputs = torch.from_numpy(tokens[start:target].astype(np.int64))[None]
@@ -137,18 +133,18 @@ def losses_by_place(
 @pytest.mark.parametrize("stride", STRIDES)
 @pytest.mark.parametrize("length", LENGTHS)
 def test_the_score_is_that_of_a_loop_over_tokens(length: int, stride: int) -> None:
-    score = evaluator(text(length)).score(model(), stride)
+    score = evaluator(random_tokens(length)).score(model(), stride)
     losses = nats_by_loop(length, stride)
     assert score.nats == pytest.approx(math.fsum(losses), rel=1e-9)
     assert score.tokens == len(losses) == length - 1
 
 
 @pytest.mark.parametrize("stride", [0, 3, 4])
-def test_each_token_has_the_loss_that_a_loop_over_tokens_gives_it(
+def test_each_token_has_the_loss_that_a_loop_gives_it(
     stride: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     length = 5 * T + 7
-    by_place = losses_by_place(text(length), stride, monkeypatch)
+    by_place = losses_by_place(random_tokens(length), stride, monkeypatch)
     assert [by_place[place] for place in range(1, length)] == pytest.approx(
         list(nats_by_loop(length, stride)), rel=1e-9)  # fmt: skip
 
@@ -161,13 +157,13 @@ def test_the_loop_itself_depends_on_stride_and_text() -> None:
 
 
 def test_sliding_by_a_whole_window_is_plain_evaluation() -> None:
-    tokens = text(5 * T + 7)
+    tokens = random_tokens(5 * T + 7)
     plain, sliding = (evaluator(tokens).score(model(), stride) for stride in (0, T))
     assert plain.nats == sliding.nats
 
 
-def test_the_loss_is_minus_the_log_of_a_probability_over_the_vocabulary() -> None:
-    tokens = text(40)
+def test_the_loss_is_minus_the_log_of_a_probability() -> None:
+    tokens = random_tokens(40)
     for context in (tokens[:1], tokens[:7], tokens[3 : 3 + T]):
         nats = next_token_nats(context)
         assert float(torch.exp(-nats).sum()) == pytest.approx(1, abs=1e-12)
@@ -180,7 +176,7 @@ def test_the_loss_is_minus_the_log_of_a_probability_over_the_vocabulary() -> Non
 
 @pytest.mark.parametrize("stride", STRIDES)
 @pytest.mark.parametrize("length", [*LENGTHS, 97, 128])
-def test_every_token_after_the_first_is_scored_exactly_once_with_enough_context(
+def test_every_token_is_scored_once_with_enough_context(
     length: int, stride: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     score, calls = spied_score(np.arange(length), stride, monkeypatch, places=True)
@@ -196,10 +192,8 @@ def test_every_token_after_the_first_is_scored_exactly_once_with_enough_context(
 
 
 @pytest.mark.parametrize("stride", [0, 3, 4])
-def test_scores_up_to_a_token_do_not_change_when_later_tokens_change(
-    stride: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = text(5 * T + 7)
+def test_no_score_depends_on_later_tokens(stride: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = random_tokens(5 * T + 7)
     before = losses_by_place(whole, stride, monkeypatch)
     for cut in (1, T - 1, T, T + 1, 3 * T + 5):
         changed = whole.copy()
@@ -217,7 +211,7 @@ def test_scores_up_to_a_token_do_not_change_when_later_tokens_change(
 @pytest.mark.parametrize("val_batch_size", [1, T, 2 * T, 5 * T + 3, 100 * T])
 def test_the_batch_size_does_not_change_the_score(val_batch_size: int, stride: int) -> None:
     h = dataclasses.replace(H, val_batch_size=val_batch_size)
-    tokens = text(5 * T + 7)
+    tokens = random_tokens(5 * T + 7)
     score = evaluator(tokens, h).score(model(), stride)
     assert score.nats == pytest.approx(evaluator(tokens).score(model(), stride).nats, rel=1e-12)
     reference = nats_by_loop(len(tokens), stride)
@@ -257,7 +251,7 @@ def score_by_ranks(
 def test_the_number_of_ranks_does_not_change_the_score(
     world: int, length: int, stride: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tokens = text(length)
+    tokens = random_tokens(length)
     one = evaluator(tokens).score(model(), stride)
     for score in score_by_ranks(tokens, stride, world, monkeypatch):
         assert score.nats == pytest.approx(one.nats, rel=1e-12)
@@ -265,7 +259,7 @@ def test_the_number_of_ranks_does_not_change_the_score(
 
 
 def test_a_rank_without_a_window_adds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    tokens = text(3)  # one window, eight ranks
+    tokens = random_tokens(3)  # one window, eight ranks
     scores = score_by_ranks(tokens, 0, 8, monkeypatch)
     assert {score.nats for score in scores} == {scores[0].nats}
     assert scores[0].nats == pytest.approx(math.fsum(nats_by_loop(3, 0)), rel=1e-9)
@@ -274,27 +268,23 @@ def test_a_rank_without_a_window_adds_nothing(monkeypatch: pytest.MonkeyPatch) -
 # Bits per byte
 
 
-def test_the_denominator_is_the_bytes_of_every_token_after_the_first() -> None:
-    table = byte_table()
+def test_the_denominator_is_the_bytes_of_every_scored_token() -> None:
     for length in LENGTHS:
-        tokens = text(length).tolist()
+        tokens = random_tokens(length).tolist()
         expected = 0
         for previous, target in itertools.pairwise(tokens):
-            expected += int(table.base[target])
-            expected += bool(table.leading_space[target]) and not table.boundary[previous]
-        scores = [evaluator(text(length)).score(model(), stride) for stride in (0, 4)]
+            expected += int(TABLE.base[target])
+            expected += bool(TABLE.leading_space[target]) and not TABLE.boundary[previous]
+        scores = [evaluator(random_tokens(length)).score(model(), stride) for stride in (0, 4)]
         assert [score.text_bytes for score in scores] == [expected] * 2
 
 
 @pytest.mark.parametrize(
     ("share", "name"), [(1.0, "fineweb10B_sp64"), (1.0005, "fineweb10B_sp64"), (0.95, "proxy")]
 )
-def test_the_published_split_is_known_by_its_bytes_whatever_the_vocabulary(
-    share: float, name: str
-) -> None:
+def test_the_published_split_is_known_by_its_bytes(share: float, name: str) -> None:
     tokens = np.full(1001, 7, np.uint16)
-    base = np.full(V, round(share * train_gpt.FINEWEB_VAL_BYTES / 1000))
-    table = ByteTable(base, np.zeros(V, bool), np.zeros(V, bool))
+    table = support.byte_table(V, size=round(share * train_gpt.FINEWEB_VAL_BYTES / 1000))
     h = dataclasses.replace(H, data_path="elsewhere")
     assert Evaluator(h, support.cpu_runtime(), tokens, table).dataset == name
 
@@ -307,7 +297,7 @@ def test_bits_per_byte_and_loss_follow_from_the_sums() -> None:
 
 
 def test_bits_per_byte_are_loss_in_bits_times_tokens_per_byte() -> None:
-    score = evaluator(text(5 * T + 7)).score(model(), 4)
+    score = evaluator(random_tokens(5 * T + 7)).score(model(), 4)
     bits = math.fsum(nats_by_loop(5 * T + 7, 4)) / math.log(2)
     assert score.bpb == pytest.approx(bits / score.text_bytes, rel=1e-9)
 
@@ -315,13 +305,13 @@ def test_bits_per_byte_are_loss_in_bits_times_tokens_per_byte() -> None:
 # No side effects
 
 
-def test_scoring_changes_no_parameter_or_buffer_and_leaves_no_gradient() -> None:
+def test_scoring_changes_nothing_and_leaves_no_gradient() -> None:
     gpt = support.tiny_model(H, torch.float64)
     gpt.register_buffer("canary", torch.ones(3))
     before = {name: t.clone() for name, t in gpt.state_dict().items()}
     state = torch.get_rng_state()
     for stride in (0, 4):
-        evaluator(text(5 * T + 7)).score(gpt, stride)
+        evaluator(random_tokens(5 * T + 7)).score(gpt, stride)
     after = gpt.state_dict()
     assert before.keys() == after.keys()
     for name, t in before.items():
@@ -333,12 +323,12 @@ def test_scoring_changes_no_parameter_or_buffer_and_leaves_no_gradient() -> None
 
 
 def test_scoring_twice_gives_the_same_number() -> None:
-    one = evaluator(text(5 * T + 7))
+    one = evaluator(random_tokens(5 * T + 7))
     assert one.score(model(), 4).nats == one.score(model(), 4).nats
 
 
 def test_the_tokens_given_are_not_changed() -> None:
-    tokens = text(5 * T + 7)
+    tokens = random_tokens(5 * T + 7)
     copy = tokens.copy()
     evaluator(tokens).score(model(), 4)
     assert np.array_equal(tokens, copy)
@@ -346,8 +336,7 @@ def test_the_tokens_given_are_not_changed() -> None:
 
 @pytest.mark.parametrize("length", [0, 1])
 def test_a_split_with_nothing_to_score_is_refused(length: int) -> None:
-    with pytest.raises(RunError, match="at least 2 tokens"):
-        evaluator(text(2)[:length])
+    assert "at least 2 tokens" in support.refusal(evaluator, random_tokens(2)[:length])
 
 
 # Per-token losses
@@ -358,18 +347,21 @@ SILENT = train_gpt.RunLog(None)
 
 @pytest.mark.parametrize("length", LENGTHS)
 def test_the_dump_holds_the_loss_of_every_token_in_order(length: int) -> None:
-    one = evaluator(text(length), dataclasses.replace(H, eval_dump="losses.npz"))
+    one = evaluator(random_tokens(length), dataclasses.replace(H, eval_dump="losses.npz"))
     for name, stride in (("plain", 0), ("sliding", 4)):
         one.score(model(), stride, SILENT)
         assert one.dump[name].shape == (length - 1,) and one.dump[name].dtype == np.float32
         assert one.dump[name] == pytest.approx(nats_by_loop(length, stride), rel=1e-7)
 
 
-def test_without_eval_dump_and_during_training_no_losses_are_kept() -> None:
-    one = evaluator(text(3 * T))
+def test_without_eval_dump_no_losses_are_kept() -> None:
+    one = evaluator(random_tokens(3 * T))
     one.score(model(), 0, SILENT)
     assert one.dump == {}
-    one = evaluator(text(3 * T), dataclasses.replace(H, eval_dump="losses.npz"))
+
+
+def test_validation_during_training_keeps_no_losses() -> None:
+    one = evaluator(random_tokens(3 * T), dataclasses.replace(H, eval_dump="losses.npz"))
     one.score(model(), 0)  # as training does
     assert one.dump == {}
 
@@ -377,9 +369,7 @@ def test_without_eval_dump_and_during_training_no_losses_are_kept() -> None:
 # Out of memory
 
 
-def memory_for(
-    rows: int, monkeypatch: pytest.MonkeyPatch, after: int = 0
-) -> list[int]:
+def memory_for(rows: int, monkeypatch: pytest.MonkeyPatch, after: int = 0) -> list[int]:
     """Windows of more than `rows` at once fail from the call number `after`; rows of each call."""
     real, calls = train_gpt.GPT.final_hidden, list[int]()
 
@@ -395,11 +385,11 @@ def memory_for(
 
 @pytest.mark.parametrize("stride", [0, 4])
 @pytest.mark.parametrize(("rows", "after"), [(1, 0), (2, 0), (5, 0), (5, 2), (1, 3)])
-def test_evaluation_that_runs_out_of_memory_goes_on_with_smaller_batches(
+def test_out_of_memory_makes_the_batches_smaller(
     rows: int, after: int, stride: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     h = dataclasses.replace(H, val_batch_size=16 * T, micro_batch_tokens=16 * T)
-    tokens = text(60 * T + 7)
+    tokens = random_tokens(60 * T + 7)
     expected = evaluator(tokens, h).score(model(), stride)
     calls = memory_for(rows, monkeypatch, after)
     one = evaluator(tokens, h)
@@ -412,48 +402,39 @@ def test_evaluation_that_runs_out_of_memory_goes_on_with_smaller_batches(
     assert one.rows * 2 > rows
 
 
-def test_a_window_that_does_not_fit_alone_is_refused_with_the_remedy(
+def test_a_window_that_does_not_fit_alone_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     calls = memory_for(0, monkeypatch)
-    with pytest.raises(RunError, match=rf"TRAIN_SEQ_LEN={T}\b.*memory.*EVAL_ONLY or RESUME_FROM"):
-        evaluator(text(9 * T)).score(model())
+    message = support.refusal(evaluator(random_tokens(9 * T)).score, model())
+    assert re.search(rf"TRAIN_SEQ_LEN={T}\b.*memory.*EVAL_ONLY or RESUME_FROM", message)
     assert calls == [3, 1]
 
 
 # Progress
 
 
-class Clock:
-    """Stands in for the module `time`: every batch takes `seconds`."""
-
-    def __init__(self, seconds: float, monkeypatch: pytest.MonkeyPatch):
-        self.now, real = 50.0, train_gpt.GPT.final_hidden
-
-        def hidden(gpt: train_gpt.GPT, inputs: Tensor) -> Tensor:
-            self.now += seconds
-            return real(gpt, inputs)
-
-        monkeypatch.setattr(train_gpt, "time", self)
-        monkeypatch.setattr(train_gpt.GPT, "final_hidden", hidden)
-
-    def perf_counter(self) -> float:
-        return self.now
+def batches_take(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So long by the clock of the program."""
+    clock = FakeClock(tick=0.0)
+    monkeypatch.setattr(train_gpt, "time", clock)
+    slow = clock.slow(train_gpt.GPT.final_hidden, seconds)
+    monkeypatch.setattr(train_gpt.GPT, "final_hidden", slow)
 
 
 def progress_lines(path: Path, batches: int, stride: int = 0) -> list[str]:
     """What an evaluation of so many batches of one window writes to the log at `path`."""
     h = dataclasses.replace(H, val_batch_size=T)
     length = 1 + batches * T if stride == 0 else 1 + T + (batches - 1) * stride
-    evaluator(text(length), h).score(model(), stride, train_gpt.RunLog(path))
+    evaluator(random_tokens(length), h).score(model(), stride, train_gpt.RunLog(path))
     return path.read_text().splitlines()
 
 
 @pytest.mark.parametrize("stride", [0, 4])
-def test_a_long_evaluation_tells_how_long_it_takes_and_then_each_tenth(
+def test_a_long_evaluation_tells_its_time_and_each_tenth(
     stride: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    Clock(1.0, monkeypatch)
+    batches_take(1.0, monkeypatch)
     lines = progress_lines(tmp_path / "log", 200, stride)
     matches = [re.fullmatch(r"eval:(\d+)% seconds:(\d+) left:(\d+)", line) for line in lines]
     share, seconds, left = zip(*[[int(x) for x in m.groups()] for m in matches if m], strict=True)
@@ -468,7 +449,7 @@ def test_a_long_evaluation_tells_how_long_it_takes_and_then_each_tenth(
 def test_few_batches_are_told_of_at_most_once_each(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    Clock(7.0, monkeypatch)
+    batches_take(7.0, monkeypatch)
     assert [line.split()[0] for line in progress_lines(tmp_path / "log", 4)] == [
         "eval:25%", "eval:50%", "eval:75%", "eval:100%"]  # fmt: skip
 
@@ -476,18 +457,18 @@ def test_few_batches_are_told_of_at_most_once_each(
 def test_a_short_evaluation_and_those_of_training_are_silent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    Clock(0.04, monkeypatch)
+    batches_take(0.04, monkeypatch)
     assert progress_lines(tmp_path / "log", 200) == []
-    Clock(1.0, monkeypatch)
-    evaluator(text(200 * T)).score(model())
-    evaluator(text(200 * T)).score(model(), 0, SILENT)  # another rank than 0
+    batches_take(1.0, monkeypatch)
+    evaluator(random_tokens(200 * T)).score(model())
+    evaluator(random_tokens(200 * T)).score(model(), 0, SILENT)  # another rank than 0
     assert capsys.readouterr().out == ""
 
 
 def test_on_a_terminal_one_line_is_rewritten(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    Clock(1.0, monkeypatch)
+    batches_take(1.0, monkeypatch)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     assert progress_lines(tmp_path / "log", 200) == [], "the log is no terminal"
     shown = capsys.readouterr().out.split("\r")
@@ -499,12 +480,12 @@ def test_on_a_terminal_one_line_is_rewritten(
 KERNELS = train_gpt.Kernels(support.plain_attention)
 
 
-def test_a_model_loaded_from_an_artifact_scores_as_the_weights_it_holds() -> None:
+def test_an_artifact_scores_as_the_weights_it_holds() -> None:
     weights = {n: p.detach().to(torch.float32) for n, p in model().named_parameters()}
     _, read = train_gpt.unpack(train_gpt.pack(weights, H, 0.01))
     loaded = train_gpt.load_model(H, support.cpu_runtime(), read, KERNELS)
     by_hand = train_gpt.GPT(H, {n: w.to(torch.float32) for n, w in read.items()}, loaded.kernels)
-    tokens = text(5 * T + 7)
+    tokens = random_tokens(5 * T + 7)
     scores = [evaluator(tokens).score(m, 4).nats for m in (loaded, by_hand, model())]
     assert scores[0] == scores[1]
     assert scores[0] != scores[2]

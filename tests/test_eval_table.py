@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support import REPO, train_gpt
+from support import REPO, completed, train_gpt, uneven_byte_table
 
 sys.path.insert(0, str(REPO / "bench"))
 import eval_table  # noqa: E402
@@ -14,8 +14,7 @@ import eval_table  # noqa: E402
 import prepare_data
 
 TOKENS = np.array([5, 1, 7, 8, 9, 1, 4, 1, 6, 6, 7, 5, 9], dtype=np.uint16)
-IDS = np.arange(10)
-TABLE = train_gpt.ByteTable((IDS % 3 + 1) * (IDS > 3), IDS % 2 == 0, IDS <= 3)
+TABLE = uneven_byte_table(10)
 
 
 def cells(row: str) -> list[str]:
@@ -47,18 +46,16 @@ def test_a_row_holds_the_bits_per_byte_of_its_tokens() -> None:
         assert sliding == pytest.approx(plain / 2, abs=1e-4)
 
 
-def run(dump: Path, losses: int) -> subprocess.CompletedProcess[str]:
+def tables(dump: Path, losses: int) -> subprocess.CompletedProcess[str]:
+    """What it prints for a dump of so many equal losses."""
     np.savez(dump, plain=np.full(losses, 2.0, dtype=np.float32))
-    return subprocess.run(
-        [sys.executable, str(REPO / "bench/eval_table.py"), str(dump)],
-        env={"PATH": "", "DATA_PATH": "sample"}, capture_output=True, text=True, timeout=100,
-    )  # fmt: skip
+    return completed(REPO / "bench/eval_table.py", dump, PATH="", DATA_PATH="sample")
 
 
 def test_the_tables_of_a_dump_of_the_sample(tmp_path: Path) -> None:
     h = prepare_data.with_sample(train_gpt.Hyperparameters(data_path="sample"))
     tokens = np.concatenate(train_gpt.open_split(h.data_path, "val"))
-    done = run(tmp_path / "losses.npz", len(tokens) - 1)
+    done = tables(tmp_path / "losses.npz", len(tokens) - 1)
     assert done.returncode == 0, done.stderr
     size = train_gpt.load_byte_table(h.tokenizer_path, h.vocab_size).count(tokens)
     bpb = 2.0 * (len(tokens) - 1) / np.log(2) / size
@@ -69,6 +66,6 @@ def test_the_tables_of_a_dump_of_the_sample(tmp_path: Path) -> None:
 
 
 def test_a_dump_of_another_split_is_refused_with_both_sizes(tmp_path: Path) -> None:
-    done = run(tmp_path / "losses.npz", 123)
+    done = tables(tmp_path / "losses.npz", 123)
     assert done.returncode != 0 and "Traceback" not in done.stderr
     assert "plain holds 123 losses, expected" in done.stderr and "DATA_PATH=" in done.stderr

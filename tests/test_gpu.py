@@ -1,9 +1,9 @@
 """What only a CUDA device can show; run with `python -m pytest -m gpu` on one."""
-from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,13 +18,14 @@ def cuda_runtime(backend: str = "none") -> tg.Runtime:
     return tg.Runtime(torch.device("cuda"), compile_backend=backend)
 
 
-def test_the_chosen_attention_agrees_with_float32_math_in_output_and_gradients():
+def test_every_attention_agrees_with_float32_math() -> None:
+    """In output and gradients."""
     h = tg.Hyperparameters(micro_batch_tokens=8192)
     for name, attend in tg.attention_candidates().items():
         assert tg.attention_error(h, attend, torch.device("cuda")) < 2e-2, name
 
 
-def test_late_qat_on_cuda_writes_the_bits_that_packing_gives_back():
+def test_late_qat_on_cuda_writes_the_bits_of_the_artifact() -> None:
     h, runtime = tiny(artifact_bytes=100_000), cuda_runtime()
     trainer = tg.Trainer(h, runtime, tg.Kernels())
     generator = torch.Generator("cuda").manual_seed(1)
@@ -38,27 +39,31 @@ def test_late_qat_on_cuda_writes_the_bits_that_packing_gives_back():
             assert torch.equal(parameter.cpu(), state[name].bfloat16()), name
 
 
-def test_a_compiled_training_step_follows_the_eager_one_within_bfloat16():
+def test_a_compiled_training_step_follows_the_eager_one() -> None:
     h = tiny(train_seq_len=128, train_batch_tokens=1024, micro_batch_tokens=1024)
     losses = []
     for backend in ("none", "inductor"):
         trainer = tg.Trainer(h, cuda_runtime(backend), tg.Kernels())
-        tokens = torch.randint(h.vocab_size, (8, 129), device="cuda",
-                               generator=torch.Generator("cuda").manual_seed(2))
+        tokens = torch.randint(
+            h.vocab_size, (8, 129), device="cuda", generator=torch.Generator("cuda").manual_seed(2)
+        )
         losses.append([float(trainer.train_step(tokens, 1.0)) for _ in range(5)])
     assert losses[1] == pytest.approx(losses[0], rel=2e-2)
     assert losses[1][-1] < losses[1][0]
 
 
 @pytest.mark.parametrize("micro", [512, 1024])  # with one micro-batch the update is captured too
-def test_the_step_as_cuda_graphs_follows_the_step_launched_kernel_by_kernel(micro):
+def test_the_step_as_cuda_graphs_follows_the_launched_one(micro: int) -> None:
+    """Launched kernel by kernel."""
     h = tiny(train_seq_len=128, train_batch_tokens=1024, micro_batch_tokens=micro)
     losses, masters = [], []
     for graph in (False, True):
         trainer = tg.Trainer(h, cuda_runtime(), tg.Kernels())
         generator = torch.Generator("cuda").manual_seed(2)
-        batches = [torch.randint(h.vocab_size, (8, 129), device="cuda", generator=generator)
-                   for _ in range(6)]
+        batches = [
+            torch.randint(h.vocab_size, (8, 129), device="cuda", generator=generator)
+            for _ in range(6)
+        ]
         restore = trainer.optimizer.snapshot()
         for late_qat in (False, True):
             if late_qat:
@@ -82,10 +87,11 @@ def test_the_step_as_cuda_graphs_follows_the_step_launched_kernel_by_kernel(micr
 
 
 @pytest.mark.parametrize("late_qat", [False, True])
-def test_a_step_never_makes_the_host_wait(late_qat):
+def test_a_step_never_makes_the_host_wait(late_qat: bool) -> None:
     trainer = tg.Trainer(tiny(), cuda_runtime(), tg.Kernels())
-    tokens = torch.randint(trainer.h.vocab_size, (trainer.local, trainer.h.train_seq_len + 1),
-                           device="cuda")
+    tokens = torch.randint(
+        trainer.h.vocab_size, (trainer.local, trainer.h.train_seq_len + 1), device="cuda"
+    )
     if late_qat:
         trainer.optimizer.start_qat(10_000)
     torch.cuda.synchronize()
@@ -119,13 +125,20 @@ print("sum", hidden.double().sum().item(), hidden.double().square().sum().item()
 """
 
 
-def test_a_process_that_only_scores_computes_the_bits_of_one_that_trained(tmp_path):
+def test_a_process_that_only_scores_has_the_bits_of_training(tmp_path: Path) -> None:
     """Each with a compile cache of its own; Inductor once fused them differently."""
     lines = []
     for what in ("trained", "scored"):
         environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / what)}
-        result = subprocess.run([sys.executable, "-c", SCORE, what], cwd=REPO, env=environment,
-                                capture_output=True, text=True, timeout=300, check=False)
+        result = subprocess.run(
+            [sys.executable, "-c", SCORE, what],
+            cwd=REPO,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
         assert result.returncode == 0, result.stderr[-2000:]
         lines.append(result.stdout.splitlines()[-1])
     assert lines[0].startswith("sum ") and lines[0] == lines[1]

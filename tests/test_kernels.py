@@ -95,7 +95,7 @@ def test_a_product_that_is_no_number_stays_none(sign: float) -> None:
     assert bool(post[[2, 4, 6]].isfinite().all())
 
 
-def test_the_operators_describe_themselves_truthfully_to_the_compiler() -> None:
+def test_the_operators_tell_the_compiler_what_they_do() -> None:
     a, b, post = tensors((64, 32), (48, 32), (64, 48))
     scale = torch.rand(64, device=DEVICE)
     torch.library.opcheck(tg.linear_relu2, (a, b, scale, 0.5))
@@ -106,16 +106,18 @@ def test_the_operators_describe_themselves_truthfully_to_the_compiler() -> None:
     torch.library.opcheck(tg.norm_rotate, (qkv, gain, rotary, 32, [dq, dk, dv]))
 
 
-def test_on_a_cpu_the_plain_layers_are_chosen_and_the_log_says_why() -> None:
+def test_on_a_cpu_plain_layers_are_chosen_and_logged() -> None:
+    """With the reason."""
     lines: list[str] = []
     kernels = tg.choose_kernels(support.tiny(), support.cpu_runtime(), lines.append)  # type: ignore[arg-type]
     assert kernels[1:] == (tg.project_heads, tg.relu2_mlp)
     assert any("plain layers" in line and "CPU" in line for line in lines)
 
 
-def test_flash_attention_3_comes_first_where_it_imports_and_is_causal(
+def test_flash_attention_3_comes_first_and_is_causal(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Where it imports."""
     assert list(tg.attention_candidates()) == ["cudnn", "flash"]
     module = types.ModuleType("flash_attn_interface")
     module.flash_attn_func = lambda q, k, v, causal=False: (q, causal)  # type: ignore[attr-defined]
@@ -177,7 +179,7 @@ for BACKWARD in (False, True):
 """
 
 
-def test_the_kernels_compile_for_a_hopper_gpu_and_fit_its_shared_memory() -> None:
+def test_the_kernels_compile_and_fit_a_hopper_gpus_memory() -> None:
     path = os.pathsep.join([str(support.REPO), *sys.path])
     environment = {**os.environ, "PYTHONPATH": path}
     environment.pop("TRITON_INTERPRET", None)  # the interpreter accepts what the compiler refuses

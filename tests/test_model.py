@@ -1,41 +1,19 @@
 """Claims about the model, against loops over sequences, heads and positions in float64."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Mapping
 
 import pytest
 import torch
-from support import cpu_runtime, tiny, tiny_model, tiny_weights
+from support import cpu_runtime, in_float64, normal, tiny, tiny_model, tiny_weights
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 import train_gpt
 from train_gpt import BOS_ID, MATRICES, TABLES, VECTORS, Hyperparameters, parameter_shapes
 
 
-class InFloat64(TorchFunctionMode):
-    """Every request for float32 gives float64, so that the model can be held to 1e-9."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        if func is Tensor.float:
-            return args[0].double()
-        args = tuple(torch.float64 if a is torch.float32 else a for a in args)
-        kwargs = {k: torch.float64 if v is torch.float32 else v for k, v in (kwargs or {}).items()}
-        return func(*args, **kwargs)
-
-
-@contextmanager
-def in_float64() -> Iterator[None]:
-    with InFloat64():
-        yield
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+def normal64(*shape: int, seed: int = 0) -> Tensor:
+    return normal(*shape, seed=seed, dtype=torch.float64)
 
 
 def batch(h: Hyperparameters, rows: int = 2, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -175,7 +153,7 @@ def test_float32_forward_is_near_the_float64_reference() -> None:
     torch.testing.assert_close(losses[0].double(), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_losses_of_the_last_hidden_states_are_the_tail_of_all_losses() -> None:
+def test_losses_of_the_last_states_are_the_tail_of_all() -> None:
     h = tiny()
     model = tiny_model(h, torch.float64)
     inputs, targets = batch(h)
@@ -221,7 +199,7 @@ def test_a_target_changes_only_its_own_loss() -> None:
 
 
 def test_xsa_output_is_orthogonal_to_the_own_value_of_the_group() -> None:
-    y, v = random(2, 5, 6, 8), random(2, 5, 3, 8, seed=1)
+    y, v = normal64(2, 5, 6, 8), normal64(2, 5, 3, 8, seed=1)
     with in_float64():
         out = train_gpt.exclude_self(y, v)
     for head in range(6):
@@ -231,7 +209,7 @@ def test_xsa_output_is_orthogonal_to_the_own_value_of_the_group() -> None:
 
 
 def test_xsa_equals_a_loop_over_heads() -> None:
-    y, v = random(2, 5, 6, 8), random(2, 5, 3, 8, seed=1)
+    y, v = normal64(2, 5, 6, 8), normal64(2, 5, 3, 8, seed=1)
     with in_float64():
         out = train_gpt.exclude_self(y, v)
     assert out.shape == y.shape
@@ -262,7 +240,7 @@ def test_rotary_leaves_the_other_dims_untouched() -> None:
 
 
 def test_rotary_turns_the_first_dims_like_a_complex_rotation() -> None:
-    x, base = random(2, 40, 3, 16), 100.0
+    x, base = normal64(2, 40, 3, 16), 100.0
     with in_float64():
         out = train_gpt.apply_rotary(x, train_gpt.rotary_table(40, 6, base, x.device))
     pairs = torch.complex(x[..., :3], x[..., 3:6])
@@ -278,7 +256,7 @@ def test_rotary_turns_the_first_dims_like_a_complex_rotation() -> None:
 
 
 def test_rotary_scores_depend_only_on_the_distance() -> None:
-    q, k = random(1, 1, 1, 16), random(1, 1, 1, 16, seed=1)
+    q, k = normal64(1, 1, 1, 16), normal64(1, 1, 1, 16, seed=1)
     with in_float64():
         table = train_gpt.rotary_table(30, 8, 10_000.0, q.device)
         q, k = (train_gpt.apply_rotary(x.expand(1, 30, 1, 16), table)[0, :, 0] for x in (q, k))
@@ -301,9 +279,9 @@ def test_smear_changes_neither_position_0_nor_a_document_start() -> None:
 
 
 def test_smear_elsewhere_mixes_in_the_previous_token() -> None:
-    x, gate = random(2, 6, 4), random(4, seed=1)
+    x, gate = normal64(2, 6, 4), normal64(4, seed=1)
     inputs = torch.tensor([[7, 5, BOS_ID, 5, 6, 7], [BOS_ID, 5, 6, 7, 8, 9]])
-    token = random(3, seed=2)
+    token = normal64(3, seed=2)
     out = train_gpt.smear(x, gate, token, inputs)
     for b in range(2):
         for t in range(1, 6):
@@ -433,7 +411,7 @@ def test_optimizer_groups_partition_the_parameters() -> None:
     assert set(names) == {name for name, _ in tiny_model(tiny()).named_parameters()}
 
 
-def test_the_card_in_the_reference_runs_shape_has_its_parameter_count() -> None:
+def test_the_reference_runs_shape_has_its_parameter_count() -> None:
     h = Hyperparameters(mlp_hidden=1408, num_heads=8, num_kv_heads=4, rope_dims=16)
     counted = sum(math.prod(shape) for shape in parameter_shapes(h).values())
     assert h.parameters() == counted

@@ -1,8 +1,6 @@
 """Claims about the optimizer, against hand-written loops, and for 1, 2 and 3 ranks alike."""
 
 import math
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,15 +8,11 @@ from typing import Any
 import pytest
 import ranks
 import torch
-from support import REPO, cpu_runtime, tiny, tiny_model
+from support import REPO, completed, cpu_runtime, normal, tiny, tiny_model
 from torch import Tensor
 
 import train_gpt
 from train_gpt import MATRICES, TABLES, VECTORS, Hyperparameters, Optimizer
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def new_optimizer(h: Hyperparameters, seed: int = 0) -> Optimizer:
@@ -27,7 +21,7 @@ def new_optimizer(h: Hyperparameters, seed: int = 0) -> Optimizer:
 
 def gradients_of(optimizer: Optimizer, size: float, seed: int = 0) -> list[Tensor]:
     return [
-        size * random(*p.shape, seed=seed + i) for i, p in enumerate(optimizer.model.parameters())
+        size * normal(*p.shape, seed=seed + i) for i, p in enumerate(optimizer.model.parameters())
     ]
 
 
@@ -71,8 +65,8 @@ def ref_normuon(update: Tensor, square: Tensor, beta2: float) -> tuple[Tensor, T
 def spread(rows: int, columns: int, condition: float) -> tuple[Tensor, Tensor, Tensor]:
     """A matrix of that condition number and its singular vectors."""
     rank = min(rows, columns)
-    u, _ = torch.linalg.qr(random(rows, rank))
-    v, _ = torch.linalg.qr(random(columns, rank, seed=1))
+    u, _ = torch.linalg.qr(normal(rows, rank))
+    v, _ = torch.linalg.qr(normal(columns, rank, seed=1))
     values = torch.logspace(-math.log10(condition), 0, rank)
     return 37.0 * u @ torch.diag(values) @ v.T, u, v
 
@@ -88,7 +82,7 @@ def test_orthogonalization_brings_singular_values_into_a_band(shape: tuple[int, 
 
 @pytest.mark.parametrize("shape", [(3, 16, 40), (3, 40, 16), (3, 16, 16)])
 def test_orthogonalizing_a_bank_equals_a_loop_over_matrices(shape: tuple[int, int, int]) -> None:
-    bank = random(*shape) * torch.tensor([1e-3, 1.0, 1e3]).view(3, 1, 1)
+    bank = normal(*shape) * torch.tensor([1e-3, 1.0, 1e3]).view(3, 1, 1)
     out = train_gpt.orthogonalize(bank, torch.float32)
     for i in range(3):
         expected = ref_orthogonalize(bank[i])
@@ -96,7 +90,7 @@ def test_orthogonalizing_a_bank_equals_a_loop_over_matrices(shape: tuple[int, in
 
 
 def test_orthogonalization_keeps_zero_matrices_zero() -> None:
-    bank = random(3, 8, 16)
+    bank = normal(3, 8, 16)
     bank[1] = 0
     out = train_gpt.orthogonalize(bank, torch.float32)
     assert not out[1].any() and out[0].any() and torch.isfinite(out).all()
@@ -105,7 +99,7 @@ def test_orthogonalization_keeps_zero_matrices_zero() -> None:
 def test_orthogonalization_in_bfloat16_points_where_float32_does() -> None:
     """The large coefficients amplify rounding: single weights differ by a tenth of their size, the
     direction by less than a hundredth, and the singular values stay in their band."""
-    bank = random(2, 24, 48)
+    bank = normal(2, 24, 48)
     out = train_gpt.orthogonalize(bank, torch.bfloat16)
     assert out.dtype == torch.bfloat16
     exact = train_gpt.orthogonalize(bank, torch.float32)
@@ -118,15 +112,15 @@ def test_orthogonalization_in_bfloat16_points_where_float32_does() -> None:
 @pytest.mark.parametrize("shape", [(2, 12, 20), (2, 20, 12), (2, 12, 12)])
 def test_muon_update_equals_its_four_steps_written_out(shape: tuple[int, int, int]) -> None:
     lr, beta, decay, clip, beta2 = 0.03, 0.9, 0.4, 0.25, 0.8
-    master, momentum = random(*shape), random(*shape, seed=1)
-    square = random(*shape, seed=9)[:, :, :1].square()
-    square = square if shape[1] >= shape[2] else random(*shape, seed=9)[:, :1].square()
+    master, momentum = normal(*shape), normal(*shape, seed=1)
+    square = normal(*shape, seed=9)[:, :, :1].square()
+    square = square if shape[1] >= shape[2] else normal(*shape, seed=9)[:, :1].square()
     scale = torch.tensor([1.0, 1.7]).view(2, 1, 1)
     parameter = torch.nn.Parameter(master.clone())
     bank = train_gpt.Bank("qo_bank", parameter, master.clone(), master, momentum, square, scale)
     expected, average, means = master.double(), momentum.double(), square.double()
     for step in range(3):
-        grad = 5 * random(*shape, seed=2 + step)
+        grad = 5 * normal(*shape, seed=2 + step)
         numbers = (torch.tensor(x) for x in (clip, lr, beta, decay))
         train_gpt.muon_update(grad, bank, *numbers, beta2, torch.float32)
         g = clip * grad.double()
@@ -140,7 +134,8 @@ def test_muon_update_equals_its_four_steps_written_out(shape: tuple[int, int, in
         torch.testing.assert_close(master.double(), expected, rtol=0, atol=1e-4)
 
 
-def test_a_neuron_whose_updates_were_large_moves_less_and_the_matrix_as_far() -> None:
+def test_a_neuron_whose_updates_were_large_moves_less() -> None:
+    """And its matrix moves as far as without."""
     h = tiny()
     optimizer = new_optimizer(h)
     bank = optimizer.banks[0]
@@ -227,7 +222,7 @@ def test_small_parameters_follow_a_hand_written_adamw(size: float) -> None:
         torch.testing.assert_close(actual, weight, rtol=1e-5, atol=2e-6, msg=name)
 
 
-def test_weight_decay_alone_shrinks_every_parameter_by_lr_times_decay() -> None:
+def test_weight_decay_shrinks_every_weight_by_lr_times_decay() -> None:
     h = tiny()
     optimizer = new_optimizer(h)
     before = {n: t.detach().clone() for n, t in optimizer.masters().items()}
@@ -355,20 +350,20 @@ def test_muon_momentum_rises_linearly_then_stays() -> None:
 
 
 def test_running_mean_equals_the_mean_of_the_states() -> None:
-    states = [{"a": random(5, 7, seed=i), "b": random(3, seed=50 + i)} for i in range(9)]
-    mean = train_gpt.RunningMean({"a": random(5, 7, seed=99), "b": random(3, seed=98)})
+    states = [{"a": normal(5, 7, seed=i), "b": normal(3, seed=50 + i)} for i in range(9)]
+    mean = train_gpt.RunningMean({"a": normal(5, 7, seed=99), "b": normal(3, seed=98)})
     for k, state in enumerate(states, 1):
         mean.update(state)
         assert mean.count == k
         for name in ("a", "b"):
             expected = torch.stack([s[name].double() for s in states[:k]]).mean(0)
             torch.testing.assert_close(mean.mean[name].double(), expected, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(states[0]["a"], random(5, 7), rtol=0, atol=0)
+    torch.testing.assert_close(states[0]["a"], normal(5, 7), rtol=0, atol=0)
 
 
 def test_running_mean_of_one_or_of_equal_states_is_exact() -> None:
-    state = {"a": random(100)}
-    mean = train_gpt.RunningMean({"a": random(100, seed=1)})
+    state = {"a": normal(100)}
+    mean = train_gpt.RunningMean({"a": normal(100, seed=1)})
     for _ in range(7):
         mean.update(state)
         assert torch.equal(mean.mean["a"], state["a"])
@@ -420,7 +415,7 @@ def test_without_qat_the_working_weights_are_the_masters() -> None:
         assert torch.equal(parameter.detach(), optimizer.masters()[name]), name
 
 
-def test_with_qat_the_working_weights_are_the_fake_quantized_masters() -> None:
+def test_with_qat_the_working_weights_are_rounded_masters() -> None:
     optimizer = new_optimizer(tiny())
     step = optimizer.start_qat(5000.0)
     assert step > 0
@@ -510,16 +505,15 @@ def test_a_restored_run_repeats_itself_bit_for_bit() -> None:
 
 @pytest.fixture(scope="module")
 def alone() -> dict[str, Any]:
-    return ranks.record(cpu_runtime())
+    return ranks.results(cpu_runtime())
 
 
 @pytest.fixture(scope="module", params=[2, 3])
 def together(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The same steps by several gloo processes."""
     out = tmp_path_factory.mktemp("ranks") / "result.pt"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc_per_node={request.param}", str(REPO / "tests/ranks.py"), str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=Path("/"))
+    script = REPO / "tests/ranks.py"
+    done = completed(script, out, ranks=request.param, cwd=Path("/"))
     assert done.returncode == 0, done.stderr
     return torch.load(out)
 

@@ -31,11 +31,9 @@ def artifact() -> bytes:
     return pack(state(), H, STEP)
 
 
-def refusal(content: bytes) -> str:
+def artifact_refusal(content: bytes) -> str:
     """The message with which an artifact is refused, which must name the file."""
-    with pytest.raises(RunError) as caught:
-        unpack(content, "folder/final_model.ptz")
-    message = str(caught.value)
+    message = support.refusal(unpack, content, "folder/final_model.ptz")
     assert message.startswith("folder/final_model.ptz: ")
     return message
 
@@ -43,7 +41,8 @@ def refusal(content: bytes) -> str:
 # Round trip
 
 
-def test_what_is_read_back_has_every_name_shape_and_the_architecture() -> None:
+def test_what_is_read_back_has_all_names_and_shapes() -> None:
+    """And the architecture."""
     architecture, read = unpack(artifact())
     assert list(read) == list(state())
     for name, w in state().items():
@@ -52,7 +51,7 @@ def test_what_is_read_back_has_every_name_shape_and_the_architecture() -> None:
     assert architecture == {name: getattr(H, name) for name in train_gpt.ARCHITECTURE}
 
 
-def test_every_rounded_weight_is_a_whole_multiple_of_one_scale_a_row() -> None:
+def test_a_rounded_row_holds_multiples_of_one_scale() -> None:
     _, read = unpack(artifact())
     for name, g in train_gpt.export_grids(H).items():
         rows = read[name].reshape(len(g.qmax), -1, read[name].shape[-1]).double()
@@ -95,7 +94,7 @@ def test_the_model_read_back_is_the_one_that_the_grid_gives(
         assert torch.equal(read[name], expected.view(w.shape)), name
 
 
-def test_a_gain_below_the_float16_normals_and_negative_zero_survive() -> None:
+def test_subnormal_gains_and_negative_zero_survive() -> None:
     weights = dict(state())
     weights["ve_scale"] = torch.tensor([6e-8, -0.0])
     _, read = unpack(pack(weights, H, STEP))
@@ -114,7 +113,7 @@ def test_other_weights_or_another_step_give_other_bytes() -> None:
     assert pack(state(), H, STEP * 1.5) != artifact()
 
 
-def test_packing_changes_neither_the_weights_nor_needs_them_contiguous() -> None:
+def test_packing_takes_strided_weights_and_changes_none() -> None:
     before = {name: w.clone() for name, w in state().items()}
     strided = dict(state())
     strided["qo_bank"] = state()["qo_bank"].mT.contiguous().mT
@@ -123,7 +122,7 @@ def test_packing_changes_neither_the_weights_nor_needs_them_contiguous() -> None
     assert all(torch.equal(w, before[name]) for name, w in state().items())
 
 
-def test_weights_that_need_gradients_or_are_bfloat16_can_be_packed() -> None:
+def test_weights_cut_from_their_gradients_can_be_packed() -> None:
     grad = {name: torch.nn.Parameter(w.clone()) for name, w in state().items()}
     detached = {name: p.detach() for name, p in grad.items()}
     assert pack(detached, H, STEP) == artifact()
@@ -150,23 +149,23 @@ def test_reading_unpickles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_any_changed_byte_is_refused(where: float, mask: int) -> None:
     damaged = bytearray(artifact())
     damaged[int(where * len(damaged))] ^= mask
-    refusal(bytes(damaged))
+    artifact_refusal(bytes(damaged))
 
 
-def test_a_changed_byte_is_refused_at_every_place_of_the_fixed_fields() -> None:
+def test_any_changed_byte_of_the_fixed_fields_is_refused() -> None:
     for position in range(64):
         damaged = bytearray(artifact())
         damaged[position] ^= 1
-        refusal(bytes(damaged))
+        artifact_refusal(bytes(damaged))
 
 
 @pytest.mark.parametrize("kept", [0, 1, 7, 8, 11, 12, 40, 43, 44, 47, 48, 49, 200, -100, -1])
 def test_a_truncated_artifact_is_refused(kept: int) -> None:
-    refusal(artifact()[:kept])
+    artifact_refusal(artifact()[:kept])
 
 
 def test_bytes_after_the_end_are_refused() -> None:
-    refusal(artifact() + b"\0")
+    artifact_refusal(artifact() + b"\0")
 
 
 @pytest.mark.parametrize(
@@ -176,7 +175,7 @@ def test_bytes_after_the_end_are_refused() -> None:
     ids=["empty", "zip", "pickle", "zlib", "text", "zeros"],
 )  # fmt: skip
 def test_a_foreign_file_is_refused_as_no_artifact(content: bytes) -> None:
-    message = refusal(content)
+    message = artifact_refusal(content)
     assert "not an artifact" in message
     assert "final_model.ptz of a run" in message
 
@@ -184,12 +183,12 @@ def test_a_foreign_file_is_refused_as_no_artifact(content: bytes) -> None:
 def test_another_version_is_refused_by_its_number() -> None:
     other = bytearray(artifact())
     struct.pack_into("<I", other, 8, 77)
-    assert "version 1, found 77" in refusal(bytes(other))
+    assert "version 1, found 77" in artifact_refusal(bytes(other))
 
 
 def test_a_damaged_body_is_told_from_a_foreign_file() -> None:
     damaged = artifact()[:-50] + bytes(50)
-    message = refusal(damaged)
+    message = artifact_refusal(damaged)
     assert "damaged" in message
     assert "not an artifact" not in message
 
@@ -199,20 +198,18 @@ def test_the_checksum_is_that_of_the_body() -> None:
 
 
 @pytest.mark.parametrize("name", train_gpt.ARCHITECTURE)
-def test_an_artifact_of_another_architecture_is_refused_with_the_setting_to_change(
+def test_another_architecture_is_refused_with_what_to_set(
     name: str,
 ) -> None:
     architecture, _ = unpack(artifact())
     train_gpt.checked_state(H, architecture, "a.ptz")
     architecture[name] = architecture[name] + 2
-    with pytest.raises(RunError) as caught:
-        train_gpt.checked_state(H, architecture, "a.ptz")
-    message = str(caught.value)
+    message = support.refusal(train_gpt.checked_state, H, architecture, "a.ptz")
     assert message.startswith("a.ptz: ")
     assert f"{name.upper()}={architecture[name]}" in message
 
 
-def test_an_artifact_that_lacks_a_field_of_the_architecture_is_refused() -> None:
+def test_an_architecture_that_lacks_a_field_is_refused() -> None:
     architecture, _ = unpack(artifact())
     del architecture["rope_base"]
     with pytest.raises(RunError, match=r"^a\.ptz: .*set ROPE_BASE=None$"):
@@ -271,7 +268,7 @@ def test_a_budget_that_binds_is_used_to_within_a_percent(budget: int) -> None:
     assert 0.99 * budget < len(packed(state(), budget)) < budget
 
 
-def test_a_larger_budget_gives_weights_nearer_to_the_trained_ones() -> None:
+def test_a_larger_budget_gives_weights_nearer_the_trained() -> None:
     errors = []
     for budget in (9_000, 13_000, 20_000):
         _, read = unpack(packed(state(), budget))
@@ -281,7 +278,8 @@ def test_a_larger_budget_gives_weights_nearer_to_the_trained_ones() -> None:
     assert errors[0] > 3 * errors[-1]
 
 
-def test_a_budget_beyond_the_range_of_the_codes_is_left_unused_and_everything_is_finest() -> None:
+def test_a_budget_beyond_the_codes_gives_the_finest_weights() -> None:
+    """The rest of the budget is left unused."""
     blob = packed(state(), 10**7)
     assert len(blob) < 40_000
     _, read = unpack(blob)
@@ -308,15 +306,27 @@ def test_weights_that_are_not_finite_are_refused_by_name(name: str, value: float
         packed(weights, 20_000)
 
 
-def test_a_gain_past_float16_is_refused_and_a_matrix_that_large_is_not() -> None:
+def test_a_gain_past_float16_is_refused() -> None:
     weights = {n: w.clone() for n, w in state().items()}
     weights["ve_scale"][0] = 65_600.0
     with pytest.raises(RunError, match="ve_scale"):
         packed(weights, 20_000)
+
+
+def test_a_matrix_past_float16_is_packed() -> None:
     weights = {n: w.clone() for n, w in state().items()}
     weights["qo_bank"][0, 0, 0] = 1e6
     _, read = unpack(packed(weights, 20_000))
     assert float(read["qo_bank"][0, 0, 0]) >= 0.5e6 * (1 - 1e-6)
+
+
+def test_an_artifact_of_exactly_the_budget_is_refused() -> None:
+    """As the challenge's cap is: weights of zeros take the same bytes at every grid step."""
+    zeros = {name: torch.zeros_like(w) for name, w in state().items()}
+    size = len(packed(zeros, 20_000))
+    assert len(packed(zeros, size + 1)) == size
+    with pytest.raises(RunError, match=f"nothing fits {size} bytes"):
+        packed(zeros, size)
 
 
 def test_weights_of_zeros_can_be_packed() -> None:

@@ -42,7 +42,7 @@ def test_a_run_that_the_clock_ended_is_drawn_to_its_last_step() -> None:
     assert plot_log.read_log(made_log() + end.format(100)).train_loss[-1] == (100, 7.0, 3.0)
 
 
-def test_the_lr_is_that_of_the_schedule_and_averaging_began_where_it_fell() -> None:
+def test_the_lr_and_where_averaging_began_follow_the_schedule() -> None:
     curves = plot_log.read_log(
         made_log(iterations=100, warmdown_fraction=0.5, swa_threshold=0.2, max_wallclock_seconds=0)
     )

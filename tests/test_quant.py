@@ -164,9 +164,8 @@ def test_the_scale_of_a_row_depends_on_no_other_row(qmax: int) -> None:
 @pytest.mark.parametrize("share", [0.02, 0.05, 0.1, 0.15])
 @pytest.mark.parametrize("heavy", [False, True])
 @pytest.mark.parametrize("qmax", QMAX)
-def test_the_scale_is_the_cheapest_candidate_in_rate_and_distortion(
-    qmax: int, heavy: bool, share: float
-) -> None:
+def test_the_scale_is_the_candidate_of_least_cost(qmax: int, heavy: bool, share: float) -> None:
+    """In rate and distortion, at the price at which the floor itself is optimal."""
     w = weights(8, 0.02, heavy, rows=30, columns=512)
     floor = share * float(w.std()) * 31 / qmax
     scale = row_scales(w, torch.full((2, 1, 1), floor), torch.full((2, 1, 1), float(qmax)))
@@ -192,7 +191,7 @@ def test_the_scale_is_the_cheapest_candidate_in_rate_and_distortion(
 
 
 @pytest.mark.parametrize("qmax", QMAX)
-def test_a_row_that_fits_the_range_has_the_common_step_as_its_scale(qmax: int) -> None:
+def test_a_row_that_fits_has_the_common_step_as_its_scale(qmax: int) -> None:
     w = weights(4)
     step = float(w.abs().max()) / qmax * 1.01
     for ratio in (0.7, 1.0):
@@ -204,9 +203,7 @@ def test_a_row_that_fits_the_range_has_the_common_step_as_its_scale(qmax: int) -
 
 @pytest.mark.parametrize("qmax", QMAX)
 @pytest.mark.parametrize("step", [0.0, 0.01, 100.0])
-def test_a_step_ratio_of_zero_gives_every_row_the_scale_of_its_own_maximum(
-    qmax: int, step: float
-) -> None:
+def test_a_step_ratio_of_zero_scales_rows_by_their_maximum(qmax: int, step: float) -> None:
     rows = []
     for spread in (1e-4, 0.1, 1.0, 50.0):  # values that no clip rounds better
         codes = torch.arange(-qmax, qmax + 1).float()
@@ -219,7 +216,7 @@ def test_a_step_ratio_of_zero_gives_every_row_the_scale_of_its_own_maximum(
     assert torch.equal(scale, quantize(w, torch.tensor(0.0), one, one)[1]), "the step has no say"
 
 
-def test_a_finer_step_never_rounds_worse_where_no_weight_is_clipped() -> None:
+def test_a_finer_step_never_rounds_worse_without_clipping() -> None:
     w = weights(6, 0.1)
     errors = []
     for step in (0.2, 0.1, 0.05, 0.02, 0.01, 0.005):
@@ -242,7 +239,7 @@ def test_every_matrix_has_a_grid_and_no_gain_has_one() -> None:
         assert len(g.qmax) == len(g.step_ratio) == matrices, name
 
 
-def test_the_first_and_last_layer_have_int8_range_and_the_others_int6() -> None:
+def test_the_first_and_last_layer_are_int8_the_others_int6() -> None:
     h = support.tiny(num_layers=5, int8_step_ratio=0.6)
     for name in ("qo_bank", "kv_bank", "mlp_bank"):
         g = train_gpt.export_grids(h)[name]
@@ -286,7 +283,7 @@ def test_the_entropy_is_that_of_a_plain_count(seed: int, n: int, top: int) -> No
     assert entropy_bits(torch.from_numpy(codes)) == pytest.approx(bits, rel=1e-12, abs=1e-9)
 
 
-def test_the_entropy_of_equal_codes_is_zero_and_of_all_codes_eight_bits() -> None:
+def test_entropy_is_0_for_equal_codes_and_8_bits_for_all() -> None:
     assert entropy_bits(torch.full((3, 8, 8), -7, dtype=torch.int8)) == 0
     every = torch.arange(-128, 128).to(torch.int8).view(1, 16, 16)
     assert entropy_bits(every) == pytest.approx(8 * 256)
@@ -325,7 +322,8 @@ def test_fit_step_meets_the_target_of_a_size_that_falls_in_jumps(where: float) -
 # Training and export
 
 
-def test_packed_weights_read_back_are_the_fake_quantised_weights_bit_for_bit() -> None:
+def test_packed_weights_read_back_are_the_fake_quantised_ones() -> None:
+    """Bit for bit."""
     h = support.tiny()
     masters = support.tiny_weights(h)
     for step in (0.001, 0.0371, 0.3):
@@ -338,7 +336,8 @@ def test_packed_weights_read_back_are_the_fake_quantised_weights_bit_for_bit() -
             assert not torch.equal(read[name], masters[name]), "the step must matter"
 
 
-def test_the_working_weights_of_late_qat_are_the_exported_weights_bit_for_bit() -> None:
+def test_the_working_weights_of_late_qat_are_the_exported_ones() -> None:
+    """Bit for bit."""
     h = support.tiny()
     model = support.tiny_model(h)
     optimizer = train_gpt.Optimizer(model, h, support.cpu_runtime())

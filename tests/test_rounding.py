@@ -55,7 +55,11 @@ def test_the_moments_are_those_of_what_the_products_read(rounding: ModuleType) -
     assert tg.project_heads is real, "the model is left as it was"
     tokens = 3 * h.train_seq_len
     assert {name: tuple(m.shape) for name, m in moments.items()} == {
-        "heads": (4, 32, 32), "out": (4, 32, 32), "up": (4, 32, 32), "down": (4, 48, 48)}
+        "heads": (4, 32, 32),
+        "out": (4, 32, 32),
+        "up": (4, 32, 32),
+        "down": (4, 48, 48),
+    }
     for layer in range(h.num_layers):  # normed inputs have unit mean squares, scaled by depth
         for name in ("heads", "up"):
             mean = float(moments[name][layer].trace()) / tokens / h.model_dim
@@ -63,15 +67,17 @@ def test_the_moments_are_those_of_what_the_products_read(rounding: ModuleType) -
     assert all(torch.equal(m, m.mT) for m in moments.values())
 
 
-def test_all_ways_round_every_weight_with_a_grid_and_tell_the_size(rounding: ModuleType) -> None:
+def test_all_ways_round_every_weight_and_tell_the_size(rounding: ModuleType) -> None:
     h = support.tiny()
     weights = support.tiny_weights(h)
     windows = torch.randint(2, h.vocab_size, (2, h.train_seq_len + 1))
     state, size = rounding.nearest(h, weights, 0.02)
     moments = rounding.input_moments(h, weights, windows)
     fisher = rounding.squared_gradients(h, weights, windows)
-    for other, bytes_of_other in (rounding.by_gptq(h, weights, 0.02, moments),
-                                  rounding.by_fisher(h, weights, size, fisher)):
+    for other, bytes_of_other in (
+        rounding.by_gptq(h, weights, 0.02, moments),
+        rounding.by_fisher(h, weights, size, fisher),
+    ):
         assert set(other) == set(state) == set(tg.export_grids(h))
         assert bytes_of_other == pytest.approx(size, rel=0.03)
         for name in ("qo_bank", "kv_bank", "mlp_bank"):

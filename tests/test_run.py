@@ -6,8 +6,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,16 +14,24 @@ from typing import Any
 
 import numpy as np
 import pytest
-import sentencepiece
 import torch
-from support import REPO, write_shard
+from support import (
+    EARLIER,
+    REPO,
+    RESULTS,
+    errors_of,
+    launch,
+    train_tokenizer,
+    wait_for,
+    write_shard,
+)
 
-VOCAB = 300
+PIECES = 300  # of the tokenizer
 # fmt: off
 WORDS = ["river", "stone", "lantern", "quiet", "harbour", "seven", "violet", "engine", "winter",
          "caf\u00e9", "and", "the", "of"]
-SETTINGS = dict(  # the smoke preset, smaller
-    PRESET="smoke", VOCAB_SIZE=VOCAB, TRAIN_SEQ_LEN=64, TRAIN_BATCH_TOKENS=512,
+SMOKE_IN_SMALL = dict(
+    PRESET="smoke", VOCAB_SIZE=PIECES, TRAIN_SEQ_LEN=64, TRAIN_BATCH_TOKENS=512,
     MICRO_BATCH_TOKENS=256, VAL_BATCH_SIZE=1024, EVAL_STRIDE=16, MODEL_DIM=64, MLP_HIDDEN=96,
     VE_DIM=16, ITERATIONS=12, VAL_LOSS_EVERY=6, TRAIN_LOG_EVERY=2, WARMUP_STEPS=1,
     MAX_WALLCLOCK_SECONDS=0, SWA_THRESHOLD=0.5, QAT_THRESHOLD=0.3, OMP_NUM_THREADS=1,
@@ -37,9 +43,6 @@ SUBMISSION_KEYS = [
     "bytes_model_int6_zstd", "step_stop", "step_avg_ms", "wallclock_seconds",
     "eval_time_seconds", "seeds", "seed_results",
 ]
-EARLIER = '{"of": "an earlier run"}'
-RESULTS = ["train.log", "submission.json", "final_model.pt", "final_model.ptz"]
-TWICE = dict(TRAIN_BATCH_TOKENS=1024)
 SEED_KEYS = ["val_loss", "val_bpb", "val_bpb_roundtrip", "artifact_bytes", "steps", "step_avg_ms"]
 # fmt: on
 
@@ -56,7 +59,6 @@ class Finished:
     status: int
     stdout: str
     stderr: str
-    seconds: float  # since its start or since it was struck
     folder: Path  # its OUTPUT_DIR
     log: list[str]  # lines of its train.log, with `report` as they were when it ended
     report: dict[str, Any]  # its submission.json
@@ -64,7 +66,7 @@ class Finished:
 
     @property
     def errors(self) -> list[str]:
-        return [line for line in self.stderr.splitlines() if line.startswith("error")]
+        return errors_of(self.stderr)
 
     def score(self, start: str) -> float:
         """val_bpb of the one output line that starts so."""
@@ -73,36 +75,24 @@ class Finished:
         return float(re.search(r"val_bpb:(\d+\.\d{8})", lines[0])[1])  # type: ignore
 
 
-class Launcher:
+Strike = Callable[[int], None]  # gets a process number
+
+
+class Runs:
     """Runs of the program, two at a time, each started once and waited for where it is needed."""
 
     def __init__(self, folder: Path):
         self.folder, self.data = folder, folder / "data"
         self.tokenizer = self.data / "tiny.model"
         self.pool = ThreadPoolExecutor(2)
-        self.runs: dict[str, Future[Finished]] = {}
-        self.make_data()
-
-    def make_data(self) -> None:
-        self.data.mkdir()
-        texts = self.data / "texts.txt"
-        texts.write_text("\n".join(documents(300, 0)))
-        sentencepiece.SentencePieceTrainer.train(
-            input=str(texts),
-            model_prefix=str(self.data / "tiny"),
-            vocab_size=VOCAB,
-            model_type="bpe",
-            byte_fallback=True,
-            hard_vocab_limit=False,
-            minloglevel=2,
-        )
-        processor = sentencepiece.SentencePieceProcessor(model_file=str(self.tokenizer))
-        assert processor.vocab_size() == VOCAB
+        self.queued: dict[str, Future[Finished]] = {}
+        processor = train_tokenizer(self.tokenizer, documents(300, 0), PIECES)
+        assert processor.vocab_size() == PIECES
         self.tokens = {
             split: [t for text in documents(count, seed) for t in (1, *processor.encode(text))]
             for split, count, seed in (("train", 200, 1), ("val", 20, 2))
         }
-        self.dataset("good", train=self.tokens["train"], val=self.tokens["val"])
+        self.dataset("good", **self.tokens)
 
     def dataset(self, name: str, train: list[int], val: list[int]) -> Path:
         for split, tokens in (("train", train), ("val", val)):
@@ -110,67 +100,60 @@ class Launcher:
         return self.data / name
 
     def start(
-        self, name: str, ranks: int = 1, after: str = "", script: Path | None = None,
-        strike: Callable[[int], None] | None = None, **settings: object,
-    ) -> None:  # fmt: skip
+        self,
+        name: str,
+        ranks: int = 1,
+        after: str = "",
+        script: Path = REPO / "train_gpt.py",
+        strike: Strike | None = None,
+        **settings: object,
+    ) -> None:
         """Queues a run; `after` names one, queued before, whose files it needs, and `strike` gets
         the process number when step 4 has been logged."""
-
-        def wait_and_run() -> Finished:
-            if after:
-                self.runs[after].result()
-            if script:  # the program by itself
-                script.parent.mkdir()
-                shutil.copy(REPO / "train_gpt.py", script)
-            return self.run(name, ranks, settings, script or REPO / "train_gpt.py", strike)
-
-        self.runs[name] = self.pool.submit(wait_and_run)
-
-    def run(self, name: str, ranks: int, settings: dict[str, object], script: Path,
-            strike: Callable[[int], None] | None) -> Finished:  # fmt: skip
-        defaults = {
+        defaults: dict[str, object] = SMOKE_IN_SMALL | {
             "DATA_PATH": self.data / "good",
             "TOKENIZER_PATH": self.tokenizer,
             "OUTPUT_DIR": self.folder / name,
         }
-        mine = {**SETTINGS, **defaults, **settings}
-        keep = ("PATH", "HOME", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "PYENV_VERSION", "TMPDIR")
-        env = {k: os.environ[k] for k in keep if k in os.environ}
-        env |= {k: str(v) for k, v in mine.items()}
-        command = [sys.executable]
-        if ranks > 1:
-            command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        began = time.perf_counter()
-        process = subprocess.Popen(
-            [*command, str(script)],
-            env=env,
-            cwd=self.folder,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        start = ""
-        if strike:
-            assert process.stdout
-            for line in process.stdout:
-                start += line
-                if line.startswith("step:4/"):
-                    began = time.perf_counter()
-                    strike(process.pid)
-                    break
-        stdout, stderr = process.communicate(timeout=100)
-        seconds, out = time.perf_counter() - began, Path(str(mine["OUTPUT_DIR"]))
-        log, report = out / "train.log", out / "submission.json"
-        lines = log.read_text().splitlines() if log.exists() else []
-        fields = json.loads(report.read_text()) if report.exists() else {}
-        packed = out / "final_model.ptz"
-        artifact = packed.read_bytes() if packed.exists() else b""
-        return Finished(
-            process.returncode, start + stdout, stderr, seconds, out, lines, fields, artifact
-        )
+        mine = defaults | settings
+
+        def wait_and_run() -> Finished:
+            if after:
+                self.queued[after].result()
+            process = launch(script, ranks=ranks, cwd=self.folder, **mine)
+            begun = strike_at_step_4(process, strike) if strike else ""
+            return outcome(wait_for(process), begun, Path(str(mine["OUTPUT_DIR"])))
+
+        self.queued[name] = self.pool.submit(wait_and_run)
 
     def close(self) -> None:
         self.pool.shutdown(cancel_futures=True)
+
+
+def strike_at_step_4(process: subprocess.Popen[str], strike: Strike) -> str:
+    """What the process has printed until then."""
+    lines = []
+    assert process.stdout
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith("step:4/"):
+            strike(process.pid)
+            break
+    return "".join(lines)
+
+
+def outcome(done: subprocess.CompletedProcess[str], begun: str, out: Path) -> Finished:
+    """The process and what it left in its OUTPUT_DIR; it had printed `begun` before."""
+    log, report, packed = (out / n for n in ("train.log", "submission.json", "final_model.ptz"))
+    return Finished(
+        status=done.returncode,
+        stdout=begun + done.stdout,
+        stderr=done.stderr,
+        folder=out,
+        log=log.read_text().splitlines() if log.exists() else [],
+        report=json.loads(report.read_text()) if report.exists() else {},
+        artifact=packed.read_bytes() if packed.exists() else b"",
+    )
 
 
 def terminate(pid: int) -> None:
@@ -197,77 +180,112 @@ MISTAKES: dict[str, tuple[dict[str, object], str]] = {  # settings, pattern of t
 SHARED_MISTAKES = ["missing data", "bad override"]  # also by 2 ranks
 
 
-@pytest.fixture(scope="module")
-def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
-    """Every run of this file."""
-    launcher = Launcher(tmp_path_factory.mktemp("runs"))
-    folder, tokens = launcher.folder, launcher.tokens
-    launcher.start("one")
-    launcher.start("two", ranks=2, EVAL_DUMP=folder / "losses.npz")
-    made = {
-        "SHORT": launcher.dataset("short", **tokens),
-        "TRAIN_TOKEN": launcher.dataset(
-            "train_token", tokens["train"] + [999] * 700, tokens["val"]
-        ),
-        "FOREIGN": folder / "foreign.pt",
-    }
-    shard = made["SHORT"] / "fineweb_val_000000.bin"
+# Rank 0 starts after the others, which then wait for it to speak however slow the machine is.
+LATE = """
+import os, time
+if os.environ.get("RANK") == "0":
+    time.sleep(1)
+elif "RANK" in os.environ:
+    sleep = time.sleep
+    time.sleep = lambda seconds: sleep(30 * seconds)
+"""
+# A clock by which every look takes 10 ms, so that a step takes the same on every machine.
+TICKING = """
+import itertools, time
+looks = itertools.count()
+time.perf_counter = lambda: next(looks) / 100
+"""
+
+
+def python_hook(folder: Path, source: str) -> Path:
+    """A PYTHONPATH with which every process runs `source` first."""
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(source)
+    return folder
+
+
+def start_mistakes(runs: Runs) -> None:
+    short = runs.dataset("short", **runs.tokens)
+    shard = short / "fineweb_val_000000.bin"
     shard.write_bytes(shard.read_bytes()[:-10])
-    torch.save({"weights": torch.zeros(3)}, made["FOREIGN"])
-    late = folder / "late/sitecustomize.py"  # rank 0 starts after the others
-    late.parent.mkdir()
-    late.write_text("import os, time\nif os.environ.get('RANK') == '0': time.sleep(1)\n")
-    launcher.start(
-        "foreign train token 2", ranks=2, DATA_PATH=made["TRAIN_TOKEN"], VAL_LOSS_EVERY=0
-    )
-    launcher.start("indivisible 2", ranks=2, PYTHONPATH=late.parent, TRAIN_BATCH_TOKENS=7 * 64)
+    foreign = runs.folder / "foreign.pt"
+    torch.save({"weights": torch.zeros(3)}, foreign)
+    train, val = runs.tokens["train"] + [999] * 700, runs.tokens["val"]
+    unknown = runs.dataset("train_token", train, val)
+    made = {"SHORT": short, "TRAIN_TOKEN": unknown, "FOREIGN": foreign}
+    late = python_hook(runs.folder / "late", LATE)
+    runs.start("foreign train token 2", ranks=2, DATA_PATH=unknown, VAL_LOSS_EVERY=0)
+    runs.start("indivisible 2", ranks=2, PYTHONPATH=late, TRAIN_BATCH_TOKENS=7 * 64)
     for name, (settings, _) in MISTAKES.items():
-        settings = {k: made.get(str(v), v) for k, v in settings.items()}
-        launcher.start(name, **settings)
+        mine = {key: made.get(str(value), value) for key, value in settings.items()}
+        runs.start(name, **mine)
         if name in SHARED_MISTAKES:
-            launcher.start(f"{name} 2", ranks=2, PYTHONPATH=late.parent, **settings)
-    trained = folder / "one"
-    launcher.start("eval", after="one", EVAL_ONLY=trained / "final_model.ptz")
-    launcher.start(
-        "resume", after="two", OUTPUT_DIR=folder / "two", RESUME_FROM=folder / "two/final_model.pt"
+            runs.start(f"{name} 2", ranks=2, PYTHONPATH=late, **mine)
+
+
+def start_on_what_was_trained(runs: Runs) -> None:
+    artifact, two = runs.folder / "one/final_model.ptz", runs.folder / "two"
+    runs.start("eval", after="one", EVAL_ONLY=artifact)
+    runs.start("resume", after="two", OUTPUT_DIR=two, RESUME_FROM=two / "final_model.pt")
+    runs.start("no git", after="one", EVAL_ONLY=artifact, PATH="/nowhere")
+    runs.start("other", after="one", EVAL_ONLY=artifact, NUM_LAYERS=5, KEY_SHIFT=1)
+    val_only = runs.dataset("val_only", **runs.tokens)
+    (val_only / "fineweb_train_000000.bin").unlink()
+    script = runs.folder / "script/train_gpt.py"  # the program by itself
+    script.parent.mkdir()
+    shutil.copy(REPO / "train_gpt.py", script)
+    runs.start("alone", after="one", script=script, DATA_PATH=val_only, EVAL_ONLY=artifact)
+
+
+def start_seeds(runs: Runs) -> None:
+    seeds: dict[str, Any] = dict(
+        OUTPUT_DIR=runs.folder / "seeds", ITERATIONS=6, BASELINE_LOSS="9.1,9.2,9.15"
     )
-    launcher.start("no git", after="one", EVAL_ONLY=trained / "final_model.ptz", PATH="/nowhere")
-    shard = launcher.dataset("val_only", **tokens) / "fineweb_train_000000.bin"
-    shard.unlink()
-    launcher.start(
-        "alone", after="one", script=folder / "script/train_gpt.py", DATA_PATH=shard.parent,
-        EVAL_ONLY=trained / "final_model.ptz")  # fmt: skip
-    seeds = dict(OUTPUT_DIR=folder / "seeds", ITERATIONS=6, BASELINE_LOSS="9.1,9.2,9.15")
-    launcher.start("seed 1", SEED=1, **seeds)
-    launcher.start("seed 2", after="seed 1", SEED=2, **seeds)
-    launcher.start("seed 3, another batch", after="seed 2", SEED=3, **seeds | TWICE)
-    launcher.start("other", after="one", EVAL_ONLY=trained / "final_model.ptz", NUM_LAYERS=5,
-                   KEY_SHIFT=1)
+    runs.start("seed 1", SEED=1, **seeds)
+    runs.start("seed 2", after="seed 1", SEED=2, **seeds)
+    twice = seeds | dict(TRAIN_BATCH_TOKENS=1024)
+    runs.start("seed 3, another batch", after="seed 2", SEED=3, **twice)
+
+
+def start_struck(runs: Runs) -> None:
     long: dict[str, Any] = dict(ITERATIONS=100_000, VAL_LOSS_EVERY=0)
-    launcher.start("interrupted", strike=terminate, **long)
-    launcher.start(
-        "resumed", after="interrupted",
-        RESUME_FROM=folder / "interrupted/final_model.partial.pt")  # fmt: skip
-    launcher.start("finished early", strike=terminate, ON_INTERRUPT="finish", **long)
-    launcher.start("interrupted 2", ranks=2, strike=terminate, **long)
-    launcher.start("widowed", ranks=2, strike=kill_rank_1, **long)
-    full = folder / "full disk"
+    runs.start("interrupted", strike=terminate, **long)
+    saved = runs.folder / "interrupted/final_model.partial.pt"
+    runs.start("resumed", after="interrupted", RESUME_FROM=saved)
+    runs.start("finished early", strike=terminate, ON_INTERRUPT="finish", **long)
+    runs.start("interrupted 2", ranks=2, strike=terminate, **long)
+    runs.start("widowed", ranks=2, strike=kill_rank_1, **long)
+    full = runs.folder / "full disk"
     full.mkdir()
     for file in RESULTS:
         (full / file).write_text(EARLIER)
     (full / "final_model.partial.ptz.tmp").symlink_to("/dev/full")
-    launcher.start("full disk")
-    launcher.start("capped", MAX_WALLCLOCK_SECONDS=2, ITERATIONS=100_000, VAL_LOSS_EVERY=0)
-    yield launcher
-    launcher.close()
+    runs.start("full disk")
 
 
-@pytest.fixture
-def finished(launcher: Launcher) -> Callable[[str], Finished]:
-    return lambda name: launcher.runs[name].result()
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
+    """Every run of this file."""
+    runs = Runs(tmp_path_factory.mktemp("runs"))
+    runs.start("one")
+    runs.start("two", ranks=2, EVAL_DUMP=runs.folder / "losses.npz")
+    start_mistakes(runs)
+    start_on_what_was_trained(runs)
+    start_seeds(runs)
+    start_struck(runs)
+    ticking = python_hook(runs.folder / "ticking", TICKING)
+    capped: dict[str, Any] = dict(MAX_WALLCLOCK_SECONDS=2, ITERATIONS=1000, VAL_LOSS_EVERY=0)
+    runs.start("capped", PYTHONPATH=ticking, **capped)
+    yield runs
+    runs.close()
 
 
 Get = Callable[[str], Finished]
+
+
+@pytest.fixture
+def finished(runs: Runs) -> Get:
+    return lambda name: runs.queued[name].result()
 
 
 # Runs that succeed
@@ -284,21 +302,36 @@ def test_a_run_ends_well_and_leaves_its_files(finished: Get, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["one", "two"])
-def test_submission_holds_every_field_and_agrees_with_the_files(finished: Get, name: str) -> None:
-    run = finished(name)
-    report = run.report
+def test_submission_holds_every_field(finished: Get, name: str) -> None:
+    report = finished(name).report
     assert [key for key in SUBMISSION_KEYS if report.get(key) is None] == []
     seed = report["seed_results"][str(report["seeds"][0])]
     assert [key for key in SEED_KEYS if seed.get(key) is None] == []
+    assert report["track"] == "10min_16mb"
+
+
+@pytest.mark.parametrize("name", ["one", "two"])
+def test_submission_states_the_sizes_of_the_files(finished: Get, name: str) -> None:
+    run = finished(name)
     code, artifact = REPO / "train_gpt.py", run.folder / "final_model.ptz"
-    assert report["bytes_code"] == code.stat().st_size
-    assert report["bytes_model_int6_zstd"] == artifact.stat().st_size
-    assert report["bytes_total"] == report["bytes_code"] + report["bytes_model_int6_zstd"]
-    assert seed["artifact_bytes"] == report["bytes_total"] < 16_000_000
-    assert seed["steps"] == report["step_stop"] == 12
-    assert seed["val_bpb"] == report["val_bpb"] and seed["val_loss"] == report["val_loss"]
-    assert report["eval_stride"] == 16 and report["track"] == "10min_16mb"
+    assert run.report["bytes_code"] == code.stat().st_size
+    assert run.report["bytes_model_int6_zstd"] == artifact.stat().st_size
+    assert run.report["bytes_total"] == code.stat().st_size + artifact.stat().st_size < 16_000_000
+
+
+@pytest.mark.parametrize("name", ["one", "two"])
+def test_submission_states_what_was_set_and_trained(finished: Get, name: str) -> None:
+    report = finished(name).report
+    assert report["eval_stride"] == 16 and report["step_stop"] == 12
     assert report["wallclock_seconds"] * 1e3 == pytest.approx(12 * report["step_avg_ms"], rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["one", "two"])
+def test_the_only_seed_has_the_numbers_of_the_submission(finished: Get, name: str) -> None:
+    report = finished(name).report
+    (seed,) = report["seed_results"].values()
+    assert seed["steps"] == report["step_stop"] and seed["artifact_bytes"] == report["bytes_total"]
+    assert seed["val_bpb"] == report["val_bpb"] and seed["val_loss"] == report["val_loss"]
 
 
 def test_submission_repeats_the_scores_of_the_log(finished: Get) -> None:
@@ -318,12 +351,12 @@ def test_submission_repeats_the_scores_of_the_log(finished: Get) -> None:
     assert report["trained_val_bpb"] == pytest.approx(report["val_bpb_roundtrip"], rel=0.05)
 
 
-def test_bits_per_byte_follow_from_the_loss_and_the_text(finished: Get, launcher: Launcher) -> None:
+def test_bits_per_byte_follow_from_the_loss_and_the_text(finished: Get, runs: Runs) -> None:
     run = finished("one")
     report = run.report
     text_bytes = sum(len(text.encode()) + 1 for text in documents(20, 2))  # + the dummy space
-    tokens = len(launcher.tokens["val"])
-    assert launcher.tokens["val"].count(1) == 20
+    tokens = len(runs.tokens["val"])
+    assert runs.tokens["val"].count(1) == 20
     # A space after a BOS is no text: the challenge's rule counts it not.
     expected = report["val_loss"] * (tokens - 1) / np.log(2) / (text_bytes - 20)
     assert report["val_bpb"] == pytest.approx(expected, rel=1e-6)
@@ -334,8 +367,10 @@ def test_the_log_has_the_lines_of_the_challenge(finished: Get) -> None:
     train = r"step:(\d+)/12 train_loss:\d+\.\d{4} train_time:\d+ms step_avg:\d+\.\d\dms"
     steps = [int(m[1]) for line in log if (m := re.fullmatch(train, line))]
     assert steps == [*range(1, 11), 12]
-    val = (r"step:(\d+)/12 val_loss:\d+\.\d{4} val_bpb:\d+\.\d{4} "
-           r"train_time:\d+ms step_avg:\d+\.\d\dms")
+    val = (
+        r"step:(\d+)/12 val_loss:\d+\.\d{4} val_bpb:\d+\.\d{4} "
+        r"train_time:\d+ms step_avg:\d+\.\d\dms"
+    )
     assert [m[1] for line in log if (m := re.fullmatch(val, line))][:1] == ["6"]
     final = r"final_int6_zstd_roundtrip_exact val_loss:\d+\.\d{8} val_bpb:\d+\.\d{8}.*"
     assert sum(bool(re.fullmatch(final, line)) for line in log) == 1
@@ -385,26 +420,24 @@ def test_eval_only_repeats_the_score(finished: Get) -> None:
     assert not again.report, "submission.json was written"
 
 
-def test_artifact_script_and_validation_split_suffice_for_the_score(finished: Get) -> None:
+def test_artifact_script_and_val_split_suffice_for_the_score(finished: Get) -> None:
     trained, alone = finished("one"), finished("alone")
     assert alone.status == 0, alone.stderr
     for line in ("final_int6_zstd_roundtrip_exact", "final_int6_zstd_sliding_exact", "val_bpb"):
         assert alone.score(line) == pytest.approx(trained.score(line), abs=1e-6)
 
 
-def test_the_dump_of_two_ranks_holds_the_losses_of_the_scores(
-    finished: Get, launcher: Launcher
-) -> None:
+def test_the_dump_of_two_ranks_holds_the_losses_of_the_scores(finished: Get, runs: Runs) -> None:
     report = finished("two").report
     text_bytes = sum(len(text.encode()) for text in documents(20, 2))
-    with np.load(launcher.folder / "losses.npz") as dump:
+    with np.load(runs.folder / "losses.npz") as dump:
         assert set(dump.files) == {"plain", "sliding"}
         for name, key in (("plain", "val_bpb_roundtrip"), ("sliding", "val_bpb")):
             assert dump[name].dtype == np.float32
-            assert dump[name].shape == (len(launcher.tokens["val"]) - 1,) == (report["val_tokens"],)
+            assert dump[name].shape == (len(runs.tokens["val"]) - 1,) == (report["val_tokens"],)
             bpb = dump[name].sum(dtype=np.float64) / np.log(2) / text_bytes
             assert bpb == pytest.approx(report[key], rel=1e-6)
-    assert not list(launcher.folder.glob("*.tmp"))
+    assert not list(runs.folder.glob("*.tmp"))
 
 
 def test_a_machine_without_git_runs_as_well(finished: Get) -> None:
@@ -432,8 +465,8 @@ def test_a_capped_run_ends_inside_its_cap(finished: Get) -> None:
     run = finished("capped")
     assert run.status == 0, run.stderr
     report = run.report
-    assert 1.0 < report["wallclock_seconds"] <= 2.0 + 2 * report["step_avg_ms"] / 1e3
-    assert 12 < report["step_stop"] < 100_000
+    assert 12 < report["step_stop"] < 1000
+    assert 2.0 - 5 * report["step_avg_ms"] / 1e3 < report["wallclock_seconds"] <= 2.0
 
 
 # Several seeds
@@ -443,18 +476,34 @@ def test_a_second_seed_is_merged_into_the_submission(finished: Get) -> None:
     first, second = finished("seed 1"), finished("seed 2")
     assert second.status == 0, second.stderr
     assert first.report["seeds"] == [1] and second.report["seeds"] == [1, 2]
-    both = second.report["seed_results"]
-    assert both["1"] == first.report["seed_results"]["1"]
-    for key in ("val_loss", "val_bpb"):
-        values = [both[seed][key] for seed in "12"]
-        assert len(set(values)) == 2, "both seeds gave the same model"
-        assert second.report[key] == pytest.approx(np.mean(values))
-        assert second.report[f"{key}_std"] == pytest.approx(np.std(values, ddof=1))
-    sizes = [both[seed]["artifact_bytes"] for seed in "12"]
-    assert second.report["artifact_bytes_mean"] == np.mean(sizes)
-    assert second.report["artifact_bytes_max"] == max(sizes)
-    assert second.report["record"] is True and second.report["p_value"] < 0.01
-    assert second.score("val_bpb:") == pytest.approx(both["2"]["val_bpb"], abs=1e-8)
+    assert second.report["seed_results"]["1"] == first.report["seed_results"]["1"]
+
+
+@pytest.mark.parametrize("key", ["val_loss", "val_bpb"])
+def test_the_score_of_two_seeds_is_their_mean(finished: Get, key: str) -> None:
+    report = finished("seed 2").report
+    values = [report["seed_results"][seed][key] for seed in "12"]
+    assert len(set(values)) == 2, "both seeds gave the same model"
+    assert report[key] == pytest.approx(np.mean(values))
+    assert report[f"{key}_std"] == pytest.approx(np.std(values, ddof=1))
+
+
+def test_the_sizes_of_two_seeds_are_told_by_mean_and_largest(finished: Get) -> None:
+    report = finished("seed 2").report
+    sizes = [report["seed_results"][seed]["artifact_bytes"] for seed in "12"]
+    assert report["artifact_bytes_mean"] == np.mean(sizes)
+    assert report["artifact_bytes_max"] == max(sizes)
+
+
+def test_two_seeds_are_tested_against_the_baseline(finished: Get) -> None:
+    report = finished("seed 2").report
+    assert report["record"] is True and report["p_value"] < 0.01
+
+
+def test_the_last_line_of_a_second_seed_is_its_own_score(finished: Get) -> None:
+    run = finished("seed 2")
+    expected = run.report["seed_results"]["2"]["val_bpb"]
+    assert run.score("val_bpb:") == pytest.approx(expected, abs=1e-8)
 
 
 def test_every_seed_keeps_its_log_and_train_log_is_the_latest(finished: Get) -> None:
@@ -493,11 +542,14 @@ def test_the_log_says_what_the_rules_ask_for_and_the_bytes_once(finished: Get) -
 # Runs that are struck
 
 
-def test_an_interrupted_run_saves_what_it_trained_and_says_how_to_go_on(finished: Get) -> None:
+def test_an_interrupted_run_says_how_to_go_on(finished: Get) -> None:
     run = finished("interrupted")
     check_failure(run, r"interrupted at step \d+: RESUME_FROM=\S+final_model\.partial\.pt")
-    assert run.seconds < 30 and "Traceback" not in run.stderr
+    assert "Traceback" not in run.stderr
     assert not run.report and not run.artifact
+
+
+def test_an_interrupted_run_saves_what_it_trained(finished: Get) -> None:
     again = finished("resumed")
     assert again.status == 0, again.stderr
     assert again.report["interrupted"] and 4 <= again.report["step_stop"] < 100_000
@@ -505,13 +557,13 @@ def test_an_interrupted_run_saves_what_it_trained_and_says_how_to_go_on(finished
 
 def test_two_interrupted_ranks_save_one_state(finished: Get) -> None:
     run = finished("interrupted 2")
-    assert run.status != 0 and run.seconds < 30
+    assert run.status != 0
     assert any("interrupted at step" in line for line in run.errors), run.stderr
     saved = torch.load(run.folder / "final_model.partial.pt", weights_only=True)
     assert set(saved["stages"]) == {"trained", "averaged"} and saved["facts"]["interrupted"]
 
 
-def test_an_interrupted_run_that_shall_finish_is_packed_and_scored(finished: Get) -> None:
+def test_an_interrupted_run_may_finish_packed_and_scored(finished: Get) -> None:
     run = finished("finished early")
     assert run.status == 0, run.stderr
     assert run.report["interrupted"] and 4 <= run.report["step_stop"] < 100_000
@@ -519,9 +571,10 @@ def test_an_interrupted_run_that_shall_finish_is_packed_and_scored(finished: Get
     assert all((run.folder / file).exists() for file in RESULTS)
 
 
-def test_a_rank_that_is_killed_ends_the_other_soon(finished: Get) -> None:
+def test_a_rank_that_is_killed_ends_the_other(finished: Get) -> None:
+    """Within HANG; by itself a rank waits half an hour for another."""
     run = finished("widowed")
-    assert run.status != 0 and run.seconds < 30
+    assert run.status != 0
     assert re.search(r"SIGKILL|Signal 9", run.stderr), run.stderr
     assert not run.report
 
@@ -559,20 +612,18 @@ def test_an_artifact_of_another_architecture_is_refused(finished: Get) -> None:
 
 
 @pytest.mark.parametrize("name", SHARED_MISTAKES)
-def test_a_mistake_ends_both_ranks_soon_with_one_message(finished: Get, name: str) -> None:
+def test_a_mistake_ends_both_ranks_with_one_message(finished: Get, name: str) -> None:
     """Also where rank 0, which prints it, is the last to meet it."""
     run = finished(f"{name} 2")
-    assert run.seconds < 60
     check_failure(run, MISTAKES[name][1])
 
 
 def test_a_batch_that_two_ranks_cannot_share_is_refused(finished: Get) -> None:
     run = finished("indivisible 2")
-    assert run.seconds < 60
     check_failure(run, r"TRAIN_BATCH_TOKENS=448.*2 ranks")
 
 
 def test_a_fault_that_one_rank_meets_ends_both(finished: Get) -> None:
     run = finished("foreign train token 2")
-    assert run.status != 0 and run.seconds < 60
+    assert run.status != 0
     assert run.errors and all(re.search("token id 999", line) for line in run.errors)

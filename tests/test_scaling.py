@@ -1,12 +1,10 @@
 """Claims about bench/scaling.py: ranks together and alone train the same steps, and are timed."""
 
-import os
 import re
-import subprocess
-import sys
+from typing import Any
 
 import pytest
-from support import REPO, write_shard
+from support import REPO, completed, write_shard
 
 
 @pytest.fixture(scope="module")
@@ -14,16 +12,12 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Of two ranks on a model of two layers."""
     data = tmp_path_factory.mktemp("scaling")
     write_shard(data / "fineweb_train_000000.bin", [(7 * i + i // 64) % 64 for i in range(9000)])
-    settings = dict(
+    settings: dict[str, Any] = dict(
         PRESET="smoke", DATA_PATH=data, VOCAB_SIZE=64, NUM_LAYERS=2, MODEL_DIM=32, MLP_HIDDEN=48,
         VE_DIM=8, TRAIN_SEQ_LEN=32, TRAIN_BATCH_TOKENS=256, EVAL_STRIDE=32, LR_WARMUP_STEPS=0,
         OMP_NUM_THREADS=1,
     )  # fmt: skip
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*command, str(REPO / "bench/scaling.py"), "2"], text=True, capture_output=True,
-        timeout=120, env=os.environ | {key: str(value) for key, value in settings.items()},
-    )  # fmt: skip
+    done = completed(REPO / "bench/scaling.py", 2, ranks=2, **settings)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
@@ -38,7 +32,7 @@ def test_two_ranks_and_one_have_the_same_twenty_losses(output: list[str]) -> Non
     assert float(output[-1].split()[-2]) == pytest.approx(largest, abs=2e-5)
 
 
-def test_the_step_together_is_compared_with_the_slowest_rank_alone(output: list[str]) -> None:
+def test_a_step_together_is_compared_with_the_slowest_alone(output: list[str]) -> None:
     timed = [line for line in output if line.startswith("step")]
     assert [line.split(":")[0] for line in timed] == ["step", "step, late QAT"]
     for line in timed:

@@ -4,18 +4,16 @@ import copy
 import dataclasses
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from support import REPO, train_gpt
+from support import REPO, completed, train_gpt
 
 import record
 
-SETTINGS = dataclasses.asdict(train_gpt.Hyperparameters())
+CARD = dataclasses.asdict(train_gpt.Hyperparameters())
 
 
 def result(seed: int, loss: float, **changes: Any) -> dict[str, Any]:
@@ -24,7 +22,7 @@ def result(seed: int, loss: float, **changes: Any) -> dict[str, Any]:
              "seconds": 5.0 + seed}  # fmt: skip
     packed = score | {"nats": score["nats"] + 10}
     made: dict[str, Any] = {
-        "settings": SETTINGS | {"seed": seed, "output_dir": f"/runs/{seed}"},
+        "settings": CARD | {"seed": seed, "output_dir": f"/runs/{seed}"},
         "environment": {"hardware": "8 x NVIDIA H100 80GB HBM3", "torch": "2.11.0"},
         "training": {"step_stop": 4000 + seed, "step_avg_ms": 150.0, "seed": seed,
                      "wallclock_seconds": 598.0 + seed, "train_shards": 80, "train_tokens": 10**10,
@@ -45,21 +43,50 @@ def merge(folder: Path, *results: dict[str, Any], **env: str) -> tuple[dict[str,
     return json.loads(record.submission(folder, env, lines.append)), lines
 
 
-def test_seeds_of_one_recipe_are_merged_into_means_and_sample_deviations(tmp_path: Path) -> None:
-    report, lines = merge(tmp_path, result(1, 2.0), result(2, 2.01), result(3, 2.05))
+Merged = tuple[dict[str, Any], list[str]]
+
+
+@pytest.fixture(scope="module")
+def three_seeds(tmp_path_factory: pytest.TempPathFactory) -> Merged:
+    folder = tmp_path_factory.mktemp("seeds")
+    return merge(folder, result(1, 2.0), result(2, 2.01), result(3, 2.05))
+
+
+def test_seeds_of_one_recipe_are_merged(three_seeds: Merged) -> None:
+    report, lines = three_seeds
     assert report["seeds"] == [1, 2, 3] and list(report["seed_results"]) == ["1", "2", "3"]
+    assert lines[0].startswith("submission seeds:1,2,3 val_loss:2.02 ")
+
+
+def test_merged_scores_are_means_and_sample_deviations(three_seeds: Merged) -> None:
+    report, _ = three_seeds
     assert report["val_loss"] == pytest.approx(2.02)
     assert report["val_loss_std"] == pytest.approx(math.sqrt((4 + 1 + 9) / 2) / 100)
     assert report["val_bpb"] == pytest.approx(0.4 * 2.02)
     assert report["val_bpb_std"] == pytest.approx(0.4 * report["val_loss_std"])
     assert report["val_bpb_roundtrip"] == pytest.approx(0.4 * 2.03)
+
+
+def test_merged_sizes_are_the_mean_and_the_largest(three_seeds: Merged) -> None:
+    report, _ = three_seeds
     assert report["artifact_bytes_mean"] == 15_090_002
     assert report["artifact_bytes_max"] == report["bytes_total"] == 15_090_003
-    assert report["seed_results"]["2"] == pytest.approx({
-        "val_loss": 2.01, "val_bpb": 0.804, "val_bpb_roundtrip": 0.808, "steps": 4002,
-        "artifact_bytes": 15_090_002, "step_avg_ms": 150.0, "train_seconds": 600.0,
-        "eval_seconds": 28.0})  # fmt: skip
-    assert lines[0].startswith("submission seeds:1,2,3 val_loss:2.02 ")
+
+
+def test_every_merged_seed_keeps_its_own_numbers(three_seeds: Merged) -> None:
+    report, _ = three_seeds
+    assert report["seed_results"]["2"] == pytest.approx(
+        {
+            "val_loss": 2.01,
+            "val_bpb": 0.804,
+            "val_bpb_roundtrip": 0.808,
+            "steps": 4002,
+            "artifact_bytes": 15_090_002,
+            "step_avg_ms": 150.0,
+            "train_seconds": 600.0,
+            "eval_seconds": 28.0,
+        }
+    )
 
 
 def test_one_seed_has_no_deviation_and_its_own_numbers(tmp_path: Path) -> None:
@@ -74,7 +101,7 @@ def test_a_second_run_of_a_seed_replaces_the_first(tmp_path: Path) -> None:
     assert report["val_loss"] == pytest.approx(2.0) and report["seeds"] == [2, 1]
 
 
-SETTING = {"settings": SETTINGS | {"matrix_lr": 0.5}}
+SETTING = {"settings": CARD | {"matrix_lr": 0.5}}
 OTHER = [  # what may not differ, and how the log calls it
     (SETTING, "matrix_lr"),
     ({"code_sha256": "0ther"}, "code"),
@@ -86,7 +113,7 @@ OTHER = [  # what may not differ, and how the log calls it
 
 
 @pytest.mark.parametrize(("changes", "name"), OTHER, ids=[name for _, name in OTHER])
-def test_a_run_of_another_recipe_is_not_merged_and_the_log_says_why(
+def test_another_recipe_is_not_merged_and_the_log_says_why(
     changes: dict[str, Any], name: str, tmp_path: Path
 ) -> None:
     for newest in (False, True):  # the newest run decides, whichever it is
@@ -99,11 +126,11 @@ def test_a_run_of_another_recipe_is_not_merged_and_the_log_says_why(
 
 
 def test_paths_and_names_of_a_run_are_no_part_of_its_recipe(tmp_path: Path) -> None:
-    assert set(record.PER_RUN) < SETTINGS.keys()
+    assert set(record.PER_RUN) < CARD.keys()
     other = {name: "other" for name in record.PER_RUN if name != "seed"}
-    report, _ = merge(tmp_path, result(1, 2.0), result(2, 2.2, settings=SETTINGS | other))
+    report, _ = merge(tmp_path, result(1, 2.0), result(2, 2.2, settings=CARD | other))
     assert report["seeds"] == [1, 2]
-    numbers = {name for name, value in SETTINGS.items() if not isinstance(value, str)}
+    numbers = {name for name, value in CARD.items() if not isinstance(value, str)}
     assert numbers & set(record.PER_RUN) == {"seed", "val_loss_every", "train_log_every"}
 
 
@@ -230,7 +257,7 @@ def re_line(rule: str) -> str:
     return f"(<= {record.CAPS[rule]}: false)"
 
 
-def test_a_proxy_run_on_one_gpu_complies_with_neither_data_nor_hardware(tmp_path: Path) -> None:
+def test_a_proxy_run_on_one_gpu_breaks_data_and_hardware_rules(tmp_path: Path) -> None:
     environment = {"hardware": "1 x NVIDIA H100 80GB HBM3", "torch": "2.11.0"}
     report, _ = merge(tmp_path, result(1, 2.0, dataset="proxy", environment=environment))
     broken = [name for name, held in fits(report).items() if not held]
@@ -238,13 +265,9 @@ def test_a_proxy_run_on_one_gpu_complies_with_neither_data_nor_hardware(tmp_path
 
 
 def test_by_hand_it_writes_the_same_file_or_says_what_is_missing(tmp_path: Path) -> None:
-    def by_hand() -> subprocess.CompletedProcess[str]:
-        return subprocess.run([sys.executable, str(REPO / "record.py"), str(tmp_path)], text=True,
-                              capture_output=True, timeout=60, check=False)  # fmt: skip
-
-    nothing = by_hand()
+    nothing = completed(REPO / "record.py", tmp_path)
     assert nothing.returncode == 1 and nothing.stderr.startswith(f"error: {tmp_path}: no result_")
     expected, _ = merge(tmp_path, result(1, 2.0), result(2, 2.1))
-    done = by_hand()
+    done = completed(REPO / "record.py", tmp_path)
     assert done.returncode == 0 and done.stdout.startswith("submission seeds:1,2"), done.stderr
     assert json.loads((tmp_path / "submission.json").read_text()) == expected

@@ -13,26 +13,24 @@ import re
 import signal
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
-from support import cpu_runtime, tiny, train_gpt, write_shard
+from support import FakeClock, byte_table, cpu_runtime, refusal, tiny, train_gpt, write_shard
 from torch import Tensor
 
-from train_gpt import BatchPlan, ByteTable, Evaluator, Hyperparameters, RunError, Runtime, Trainer
+from train_gpt import BatchPlan, Evaluator, Hyperparameters, Runtime, Trainer
 
 GOLDEN = Path(__file__).with_name("golden_losses.json")
 VOCAB = 64  # of `tiny`
 
 
-def text(length: int, seed: int) -> list[int]:
+def counting_tokens(length: int, seed: int) -> list[int]:
     """Documents that count up by their own stride, with one token in eight replaced."""
     generator = np.random.Generator(np.random.PCG64(seed))
     tokens: list[int] = []
@@ -44,19 +42,23 @@ def text(length: int, seed: int) -> list[int]:
     return tokens[:length]
 
 
+def write_train_shards(folder: Path, most: int = VOCAB) -> list[Path]:
+    """Two shards of tokens below `most`."""
+    paths = []
+    for i in range(2):
+        tokens = [min(token, most - 1) for token in counting_tokens(3000 + i, i)]
+        paths.append(write_shard(folder / f"fineweb_train_{i:06}.bin", tokens))
+    return paths
+
+
 def new_plan(h: Hyperparameters, folder: Path) -> BatchPlan:
-    shards = [
-        train_gpt.read_shard(write_shard(folder / f"fineweb_train_{i:06}.bin", text(3000 + i, i)))
-        for i in range(2)
-    ]
+    shards = [train_gpt.read_shard(path) for path in write_train_shards(folder)]
     return BatchPlan(shards, h.train_seq_len, h.train_batch_tokens // h.train_seq_len, h.seed)
 
 
 def new_evaluator(h: Hyperparameters, runtime: Runtime) -> Evaluator:
-    """One byte a token."""
-    boundary = np.arange(VOCAB) == train_gpt.BOS_ID
-    table = ByteTable((~boundary).astype(np.int64), np.zeros(VOCAB, dtype=bool), boundary)
-    return Evaluator(h, runtime, np.array(text(300, 9), dtype=np.uint16), table)
+    tokens = np.array(counting_tokens(300, 9), dtype=np.uint16)
+    return Evaluator(h, runtime, tokens, byte_table(VOCAB))
 
 
 def new_trainer(h: Hyperparameters, runtime: Runtime | None = None) -> Trainer:
@@ -86,6 +88,46 @@ def losses_of(h: Hyperparameters, folder: Path, steps: int) -> list[float]:
         lr = train_gpt.lr_scale(h, train_gpt.progress_of(h, step, 0.0))
         losses.append(float(trainer.train_step(tokens, lr, h.decay_per_run / h.iterations)))
     return losses
+
+
+class Step(NamedTuple):
+    """What a training step was given, and the masters that it left."""
+
+    tokens: Tensor
+    lr: float
+    decay: float
+    masters: dict[str, Tensor]
+
+
+def recorded_steps(patch: pytest.MonkeyPatch) -> list[Step]:
+    """Every training step from now on, without those of the warm-up, which are undone."""
+    step, warm_up = Trainer.train_step, Trainer.warm_up
+    steps: list[Step] = []
+
+    def recording(self: Trainer, tokens: Tensor, lr: float, decay: float = 0.0) -> Tensor:
+        loss = step(self, tokens, lr, decay)
+        masters = {n: t.detach().clone() for n, t in self.optimizer.masters().items()}
+        steps.append(Step(tokens, lr, decay, masters))
+        return loss
+
+    def then_forget(self: Trainer, evaluator: Evaluator) -> None:
+        warm_up(self, evaluator)
+        steps.clear()
+
+    patch.setattr(Trainer, "train_step", recording)
+    patch.setattr(Trainer, "warm_up", then_forget)
+    return steps
+
+
+def without_warm_up(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Trainer, "warm_up", lambda self, evaluator: None)
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[Step]:
+    """Every training step of this test; there is no warm-up."""
+    without_warm_up(monkeypatch)
+    return recorded_steps(monkeypatch)
 
 
 # Warm-up
@@ -148,8 +190,8 @@ def compiled(backend: str = "eager") -> Runtime:
     return cpu_runtime(compile_backend=backend)
 
 
-SMALL: dict[str, Any] = dict(num_layers=2, xsa_layers=1, ve_layers=1)
-SCHEDULED: dict[str, Any] = SMALL | dict(  # validation, averaging and late QAT in a few steps
+TWO_LAYERS: dict[str, Any] = dict(num_layers=2, xsa_layers=1, ve_layers=1)
+SCHEDULED: dict[str, Any] = TWO_LAYERS | dict(  # validation, averaging and late QAT in a few steps
     iterations=8, warmdown_fraction=1.0, swa_threshold=0.6, qat_threshold=0.4, val_loss_every=3
 )
 
@@ -176,8 +218,8 @@ def test_no_graph_is_compiled_on_the_clock(tmp_path: Path, monkeypatch: pytest.M
 def test_graphs_compiled_on_the_clock_are_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Trainer, "warm_up", lambda self, evaluator: None)
-    run = Run(tiny(**SMALL, iterations=1, qat_threshold=0.0), tmp_path, compiled())
+    without_warm_up(monkeypatch)
+    run = Run(tiny(**TWO_LAYERS, iterations=1, qat_threshold=0.0), tmp_path, compiled())
     assert run.facts["graphs_compiled_on_clock"] > 0
 
 
@@ -216,32 +258,11 @@ def test_batch_layout_divides_the_batch_evenly(
 @pytest.mark.parametrize(("sequences", "ranks"), [(8, 3), (1, 2), (12, 8)])
 def test_a_batch_that_ranks_cannot_share_is_refused_by_name(sequences: int, ranks: int) -> None:
     h = tiny(train_batch_tokens=32 * sequences)
-    with pytest.raises(RunError, match=rf"TRAIN_BATCH_TOKENS={32 * sequences}\b.*{ranks} ranks"):
-        train_gpt.batch_layout(h, ranks)
+    message = refusal(train_gpt.batch_layout, h, ranks)
+    assert re.search(rf"TRAIN_BATCH_TOKENS={32 * sequences}\b.*{ranks} ranks", message)
 
 
 # The clock
-
-
-class FakeClock:
-    """Stands in for the module `time`: moves when told, and by 1 ns at every look."""
-
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def perf_counter(self) -> float:
-        self.now += 1e-9
-        return self.now
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(time, name)
-
-    def slow(self, function: Callable[..., Any], seconds: float) -> Callable[..., Any]:
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            self.now += seconds
-            return function(*args, **kwargs)
-
-        return timed
 
 
 @pytest.fixture
@@ -306,7 +327,7 @@ def test_a_cap_shorter_than_a_step_still_ends_cleanly(
 # The loop
 
 
-def test_a_signal_after_the_ranks_have_agreed_counts_at_the_next_step(
+def test_a_signal_after_the_ranks_agreed_counts_at_the_next_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A rank that acted on it at once would wait for the others forever."""
@@ -327,55 +348,69 @@ def test_a_signal_after_the_ranks_have_agreed_counts_at_the_next_step(
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-@pytest.mark.parametrize(("iterations", "clock"), [(8, 0.0), (10**6, 0.5)])
-def test_the_decay_of_a_run_adds_up_to_decay_per_run(
-    iterations: int, clock: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("warmup", "expected"),
+    [
+        (0, [1, 1, 1, 1, 1, 1, 1, 0.5]),
+        (4, [0.25, 0.5, 0.75, 1, 1, 1, 1, 0.5]),
+        (16, [k / 16 for k in (1, 2, 3, 4, 5, 6, 7)] + [0.5 * 8 / 16]),  # beyond the warm-down
+    ],
+)
+def test_lr_rises_linearly_over_the_warm_up_steps(
+    warmup: int, expected: list[float], tmp_path: Path, steps: list[Step]
 ) -> None:
-    decays: list[float] = []
-    step = Trainer.train_step
-
-    def recording(self: Trainer, tokens: Tensor, lr: float, decay: float = 0.0) -> Tensor:
-        decays.append(decay)
-        return step(self, tokens, lr, decay)
-
-    monkeypatch.setattr(Trainer, "warm_up", lambda self, evaluator: None)
-    monkeypatch.setattr(Trainer, "train_step", recording)
-    h = tiny(iterations=iterations, decay_per_run=40.0, max_wallclock_seconds=clock)
-    Run(h, tmp_path)
-    assert decays[0] == pytest.approx(0.0, abs=0.1), "before the first step nothing is over"
-    assert min(decays) >= 0
-    if clock:
-        assert 20 < sum(decays) <= 40, "the last step was decided on before the clock ran out"
-    else:
-        assert decays[1:] == pytest.approx([5.0] * 7)
+    Run(tiny(iterations=8, lr_warmup_steps=warmup, warmdown_fraction=0.25), tmp_path)
+    assert [step.lr for step in steps] == pytest.approx(expected)
 
 
-def test_the_log_names_every_step_and_the_averages_are_its_mean(tmp_path: Path) -> None:
+def test_the_first_step_of_a_warm_up_moves_weights_by_its_share(tmp_path: Path) -> None:
+    moved = []
+    for warmup in (0, 4):
+        h = tiny(iterations=1, lr_warmup_steps=warmup, qat_threshold=0.0, grad_clip_norm=0.0)
+        trained = Run(h, tmp_path).stages["trained"]
+        start = train_gpt.initial_weights(h)
+        moved.append({name: trained[name] - start[name] for name in start})
+    for name, whole in moved[0].items():
+        torch.testing.assert_close(moved[1][name], whole / 4, rtol=1e-2, atol=1e-6, msg=name)
+    assert all(bool(moved[0][name].any()) for name in ("tok_emb", "qo_bank"))
+
+
+def test_the_decay_of_a_run_adds_up_to_decay_per_run(tmp_path: Path, steps: list[Step]) -> None:
+    Run(tiny(iterations=8, decay_per_run=40.0), tmp_path)
+    decays = [step.decay for step in steps]
+    assert decays[0] == 0.0, "before the first step nothing is over"
+    assert decays[1:] == pytest.approx([5.0] * 7)
+
+
+def test_the_decay_follows_the_clock_where_that_ends_the_run(
+    tmp_path: Path, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = recorded_steps(monkeypatch)
+    Run(tiny(iterations=10**6, decay_per_run=40.0, max_wallclock_seconds=2.0), tmp_path)
+    decays = [step.decay for step in steps]
+    assert decays[0] == pytest.approx(0.0, abs=1e-3)
+    assert decays[1:] == pytest.approx([2.0] * (len(decays) - 1), rel=1e-3), "0.1 of 2 s"
+    assert 34 < sum(decays) <= 40, "the last step was decided on before the clock ran out"
+
+
+def test_the_log_names_every_step(tmp_path: Path) -> None:
+    run = Run(tiny(iterations=8), tmp_path)
+    logged = [line.split()[0] for line in run.lines if line.startswith("step:")]
+    assert logged == [f"step:{i}/8" for i in range(1, 9)]
+
+
+def test_the_averages_are_the_mean_of_the_last_steps(tmp_path: Path, steps: list[Step]) -> None:
     h = tiny(iterations=8, warmdown_fraction=1.0, swa_threshold=0.6, qat_threshold=0.0)
-    masters: list[dict[str, Tensor]] = []
-    step = Trainer.train_step
-
-    def recording(self: Trainer, tokens: Tensor, lr: float, decay: float = 0.0) -> Tensor:
-        loss = step(self, tokens, lr, decay)
-        whole = {n: t.detach().clone() for n, t in self.optimizer.masters().items()}
-        masters.append(whole if lr < 0.6 else {})
-        return loss
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "train_step", recording)
-        patch.setattr(Trainer, "warm_up", lambda self, evaluator: None)
-        run = Run(h, tmp_path)
-    states = [state for state in masters if state]
-    assert len(masters) == 8 and run.facts["swa_steps"] == len(states) == 4
+    run = Run(h, tmp_path)
+    averaged = [step.masters for step in steps if step.lr < 0.6]
+    assert len(steps) == 8 and run.facts["swa_steps"] == len(averaged) == 4
     for name, mean in run.stages["averaged"].items():
-        expected = torch.stack([s[name].double() for s in states]).mean(0)
+        expected = torch.stack([masters[name].double() for masters in averaged]).mean(0)
         torch.testing.assert_close(mean.double(), expected, rtol=1e-5, atol=1e-6, msg=name)
-        assert torch.equal(run.stages["trained"][name], states[-1][name]), name
-    steps = [line.split()[0] for line in run.lines if line.startswith("step:")]
-    assert steps == [f"step:{i}/8" for i in range(1, 9)]
+        assert torch.equal(run.stages["trained"][name], averaged[-1][name]), name
 
 
-def test_without_averaging_the_averaged_weights_are_the_trained_ones(tmp_path: Path) -> None:
+def test_without_averaging_the_averages_are_the_trained_weights(tmp_path: Path) -> None:
     run = Run(tiny(iterations=3, swa_threshold=0.0, qat_threshold=0.0), tmp_path)
     assert run.facts["swa_steps"] == run.facts["qat_steps"] == 0
     for name, weight in run.stages["trained"].items():
@@ -386,75 +421,91 @@ def test_without_averaging_the_averaged_weights_are_the_trained_ones(tmp_path: P
 
 
 def diverging(
-    monkeypatch: pytest.MonkeyPatch, at: int, bad: float = float("nan"), loss_too: bool = True
-) -> dict[int, dict[str, Tensor]]:
-    """From step `at` on one gradient and, perhaps, the loss are `bad`; returns the weights after
-    each step."""
-    step, gradients = Trainer.train_step, Trainer.loss_and_gradients
-    masters = dict[int, dict[str, Tensor]]()
+    steps: list[Step],
+    patch: pytest.MonkeyPatch,
+    at: int,
+    bad: float = math.nan,
+    loss_too: bool = True,
+) -> None:
+    """From step `at` on one gradient and, perhaps, the loss are `bad`."""
+    gradients = Trainer.loss_and_gradients
 
     def failing(self: Trainer, tokens: Tensor) -> list[Tensor]:
         loss, *rest = gradients(self, tokens)
-        if len(masters) + 1 >= at:
+        if len(steps) + 1 >= at:
             rest[2].view(-1)[5] = bad
             loss = loss + bad if loss_too else loss
         return [loss, *rest]
 
-    def recording(self: Trainer, *args: Any) -> Tensor:
-        loss = step(self, *args)
-        masters[len(masters) + 1] = {
-            n: t.clone() for n, t in self.optimizer.masters().items()
-        }
-        return loss
-
-    monkeypatch.setattr(Trainer, "warm_up", lambda self, evaluator: None)
-    monkeypatch.setattr(Trainer, "loss_and_gradients", failing)
-    monkeypatch.setattr(Trainer, "train_step", recording)
-    return masters
+    patch.setattr(Trainer, "loss_and_gradients", failing)
 
 
 def obtain(h: Hyperparameters, folder: Path) -> str:
     """The message with which training ends; `folder` gets its shards and what it saves."""
     h = dataclasses.replace(h, data_path=str(folder), output_dir=str(folder))
-    write_shard(folder / "fineweb_train_000000.bin", text(3000, 0))
+    write_shard(folder / "fineweb_train_000000.bin", counting_tokens(3000, 0))
     runtime, log = cpu_runtime(), train_gpt.RunLog(folder / "train.log")
-    with pytest.raises(RunError) as caught:
-        train_gpt.obtain_weights(h, runtime, log, new_evaluator(h, runtime), train_gpt.Kernels())
-    return str(caught.value)
+    evaluator = new_evaluator(h, runtime)
+    return refusal(train_gpt.obtain_weights, h, runtime, log, evaluator, train_gpt.Kernels())
 
 
-@pytest.mark.parametrize("loss_too", [True, False], ids=["loss", "gradient-alone"])
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_what_is_not_finite_ends_the_run_with_its_step_the_losses_before_and_a_state(
-    bad: float, loss_too: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    masters = diverging(monkeypatch, 8, bad, loss_too)
-    message = obtain(tiny(iterations=12, train_log_every=3), tmp_path)
-    found = re.match(r"step 8: the loss is nan \(before: (.*)\); lower MATRIX_LR", message)
-    assert found and len(masters) == 8, message
-    logged = (tmp_path / "train.log").read_text().splitlines()
-    found_losses = [re.match(r"step:\d+/12 train_loss:(\S+)", line) for line in logged]
-    losses = [float(m[1]) for m in found_losses if m]
-    assert [float(part) for part in found[1].split(", ")] == losses[2:7], "the last five"
-    path = tmp_path / "final_model.partial.pt"
-    assert f"RESUME_FROM={path}" in message
-    saved = torch.load(path, weights_only=True)
-    assert saved["facts"]["fault"] in message
+class Fault(NamedTuple):
+    """A run that ended because something was not finite at step 8."""
+
+    message: str
+    steps: list[Step]
+    log: list[str]
+    saved: Path
+
+
+@pytest.fixture(
+    scope="module",
+    params=[(bad, loss_too) for bad in (math.nan, math.inf) for loss_too in (True, False)],
+    ids=lambda param: f"{param[0]}-{'loss' if param[1] else 'gradient-alone'}",
+)
+def fault(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Fault:
+    folder = tmp_path_factory.mktemp("fault")
+    with pytest.MonkeyPatch.context() as patch:
+        without_warm_up(patch)
+        steps = recorded_steps(patch)
+        diverging(steps, patch, 8, *request.param)
+        message = obtain(tiny(iterations=12, train_log_every=3), folder)
+    log = (folder / "train.log").read_text().splitlines()
+    return Fault(message, steps, log, folder / "final_model.partial.pt")
+
+
+def test_what_is_not_finite_ends_the_run_with_its_step(fault: Fault) -> None:
+    assert fault.message.startswith("step 8: the loss is nan (before: ")
+    assert "; lower MATRIX_LR" in fault.message
+    assert len(fault.steps) == 8
+
+
+def test_a_fault_is_told_with_the_losses_before_it(fault: Fault) -> None:
+    told = re.search(r"\(before: (.*)\)", fault.message)
+    logged = [re.match(r"step:\d+/12 train_loss:(\S+)", line) for line in fault.log]
+    losses = [float(m[1]) for m in logged if m]
+    assert told and [float(part) for part in told[1].split(", ")] == losses[2:7], "the last five"
+
+
+def test_a_fault_leaves_the_weights_of_the_last_good_step(fault: Fault) -> None:
+    assert f"RESUME_FROM={fault.saved}" in fault.message
+    saved = torch.load(fault.saved, weights_only=True)
+    assert saved["facts"]["fault"] in fault.message
     for name, weight in saved["stages"]["trained"].items():
-        assert torch.equal(weight, masters[7][name]), "the last good step's weights are kept"
+        assert torch.equal(weight, fault.steps[6].masters[name]), name
 
 
-def test_a_fault_while_averaging_leaves_the_average_of_good_weights(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_fault_while_averaging_leaves_the_good_average(
+    tmp_path: Path, steps: list[Step], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    masters = diverging(monkeypatch, 7)
+    diverging(steps, monkeypatch, 7)
     h = tiny(iterations=8, warmdown_fraction=1.0, swa_threshold=0.6, qat_threshold=0.0)
     obtain(h, tmp_path)
     saved = torch.load(tmp_path / "final_model.partial.pt", weights_only=True)
     assert saved["facts"]["swa_steps"] == 3
     for name, weight in saved["stages"]["averaged"].items():
         assert bool(weight.isfinite().all()), name
-        mean = torch.stack([masters[step][name].double() for step in (5, 6, 6)]).mean(0)
+        mean = torch.stack([steps[i].masters[name].double() for i in (4, 5, 5)]).mean(0)
         torch.testing.assert_close(weight.double(), mean, rtol=1e-5, atol=1e-6, msg=name)
 
 
@@ -470,7 +521,7 @@ def test_a_state_that_is_not_finite_is_not_saved(
             loss = loss + float("nan")
         return loss
 
-    monkeypatch.setattr(Trainer, "warm_up", lambda self, evaluator: None)
+    without_warm_up(monkeypatch)
     monkeypatch.setattr(Trainer, "train_step", poisoning)
     message = obtain(tiny(iterations=12), tmp_path)
     assert message.startswith("step 5") and message.endswith("no finite weights left")
@@ -485,7 +536,7 @@ def test_a_run_that_truly_diverges_is_reported_and_not_packed(tmp_path: Path) ->
 # The line on a terminal
 
 
-def test_on_a_terminal_training_shows_its_progress_and_the_log_stays_as_it_is(
+def test_a_terminal_shows_progress_that_the_log_does_not_hold(
     tmp_path: Path, clock: FakeClock, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -521,41 +572,52 @@ def test_the_progress_line_counts_the_flops_of_the_model() -> None:
 # Legality
 
 
-def test_training_reads_no_validation_shard_and_trains_on_no_token_of_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Validation during training reads the split that was opened before; its shard is gone."""
-    h = tiny(data_path=str(tmp_path), output_dir=str(tmp_path), iterations=30, val_loss_every=7)
-    marked = 63  # only in the validation split
-    for i in range(2):
-        tokens = [min(token, marked - 1) for token in text(3000, i)]
-        write_shard(tmp_path / f"fineweb_train_{i:06}.bin", tokens)
-    val = write_shard(tmp_path / "fineweb_val_000000.bin", [1, *[marked] * 300])
+MARKED = VOCAB - 1  # stands in the validation split alone
+
+
+class Legality(NamedTuple):
+    """A training during which its validation shard was gone."""
+
+    opened: list[str]
+    steps: list[Step]
+    log: list[str]
+
+
+@pytest.fixture(scope="module")
+def legality(tmp_path_factory: pytest.TempPathFactory) -> Legality:
+    """Validation during training has the split that was read before the shard was deleted."""
+    folder = tmp_path_factory.mktemp("legality")
+    h = tiny(data_path=str(folder), output_dir=str(folder), iterations=30, val_loss_every=7)
+    write_train_shards(folder, most=MARKED)
+    val = write_shard(folder / "fineweb_val_000000.bin", [1, *[MARKED] * 300])
     (split,) = train_gpt.open_split(h.data_path, "val")
-    boundary = np.arange(VOCAB) == train_gpt.BOS_ID
-    table = ByteTable((~boundary).astype(np.int64), np.zeros(VOCAB, dtype=bool), boundary)
-    evaluator = Evaluator(h, cpu_runtime(), split.copy(), table)
+    evaluator = Evaluator(h, cpu_runtime(), split.copy(), byte_table(VOCAB))
     val.unlink()
-    opened, seen = list[Path](), list[Tensor]()
-    read, step, warm_up = train_gpt.read_shard, Trainer.train_step, Trainer.warm_up
+    opened, read = list[str](), train_gpt.read_shard
 
-    def recording(self: Trainer, tokens: Tensor, lr: float, decay: float = 0.0) -> Tensor:
-        seen.append(tokens)
-        return step(self, tokens, lr, decay)
+    def noting(path: Path) -> np.ndarray:
+        opened.append(path.name)
+        return read(path)
 
-    def then_clear(self: Trainer, evaluator: Evaluator) -> None:
-        warm_up(self, evaluator)
-        seen.clear()  # random tokens, and undone
+    log = train_gpt.RunLog(folder / "train.log")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_gpt, "read_shard", noting)
+        steps = recorded_steps(patch)
+        train_gpt.obtain_weights(h, cpu_runtime(), log, evaluator, train_gpt.Kernels())
+    return Legality(opened, steps, (folder / "train.log").read_text().splitlines())
 
-    monkeypatch.setattr(train_gpt, "read_shard", lambda path: (opened.append(path), read(path))[1])
-    monkeypatch.setattr(Trainer, "train_step", recording)
-    monkeypatch.setattr(Trainer, "warm_up", then_clear)
-    log = train_gpt.RunLog(tmp_path / "train.log")
-    train_gpt.obtain_weights(h, cpu_runtime(), log, evaluator, train_gpt.Kernels())
-    assert sum("val_bpb" in line for line in log.path.read_text().splitlines()) == 4  # type: ignore
-    assert sorted(path.name for path in opened) == [f"fineweb_train_{i:06}.bin" for i in range(2)]
-    assert len(seen) == 30
-    assert not any(bool((tokens == marked).any()) for tokens in seen)
+
+def test_training_reads_no_validation_shard(legality: Legality) -> None:
+    assert sorted(legality.opened) == [f"fineweb_train_{i:06}.bin" for i in range(2)]
+
+
+def test_training_trains_on_no_token_of_validation(legality: Legality) -> None:
+    assert len(legality.steps) == 30
+    assert not any(bool((step.tokens == MARKED).any()) for step in legality.steps)
+
+
+def test_validation_in_training_needs_no_shard_any_more(legality: Legality) -> None:
+    assert sum("val_bpb" in line for line in legality.log) == 4
 
 
 # Golden losses
