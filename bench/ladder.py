@@ -466,20 +466,27 @@ def check_rows(rows: Iterable[Row], tg: Any, env: Mapping[str, str]) -> None:
             raise ablate.Mistake(f"{row.id}: {error}") from None
 
 
+def facts_of_call(options: argparse.Namespace, hardware: str, tg: Any) -> Record:
+    """What all rows of a call share.  A call without time trains nothing and needs no corpus."""
+    corpus = options.corpus
+    if options.seconds:
+        data_path = os.environ.get("DATA_PATH", tg.Hyperparameters.data_path)
+        corpus = corpus_label(corpus, data_path)
+    digest = hashlib.sha256((REPO / "train_gpt.py").read_bytes()).hexdigest()[:12]
+    today = datetime.date.today().isoformat()
+    return {"corpus": corpus, "code": digest, "hardware": hardware, "date": today}
+
+
 def run(options: argparse.Namespace) -> None:
     tg = importlib.import_module("train_gpt")
     records = read_records(options.rows)
     todo = open_rows(newest(records, options.corpus), options.only, options.again)
     check_rows(todo, tg, os.environ)
-    label = options.corpus
-    if options.seconds:
-        label = corpus_label(label, os.environ.get("DATA_PATH", tg.Hyperparameters.data_path))
     gpus, hardware = gpus_of(os.environ)
     slots = [gpus[i % len(gpus)] for i in range(options.workers)]
     sharing = math.ceil(options.workers / len(gpus))
-    digest = hashlib.sha256((REPO / "train_gpt.py").read_bytes()).hexdigest()[:12]
-    facts: Record = {"corpus": label, "code": digest}
-    facts |= {"hardware": hardware, "date": datetime.date.today().isoformat()}
+    facts = facts_of_call(options, hardware, tg) | {"sharing": sharing}
+    files = [path for path in (options.rows, options.out) if path]
     running: list[subprocess.Popen[str]] = []
     signals: list[int] = []
 
@@ -492,13 +499,12 @@ def run(options: argparse.Namespace) -> None:
         began = time.monotonic()
         result = in_a_worker(row.variant, gpu, running)
         wall = round(time.monotonic() - began, 1)
-        return record_of(row, result, {**facts, "sharing": sharing, "wall": wall})
+        return record_of(row, result, facts | {"wall": wall})
 
     def keep(record: Record) -> None:
         records.append(record)
-        for path in (options.rows, options.out):
-            if path:
-                append_record(path, record)
+        for path in files:
+            append_record(path, record)
         print(told(record), flush=True)
 
     def estimate(row: Row) -> float:
@@ -719,9 +725,10 @@ def prediction_line(done: Mapping[str, Record], score: str) -> str:
     miss = math.sqrt(statistics.fmean((told - found) ** 2 for told, found in pairs))
     size = math.sqrt(statistics.fmean(found**2 for _, found in pairs))
     same = sum(told * found > 0 for told, found in pairs)
+    signed = sum(told != 0 for told, _ in pairs)
     return (
         f"{len(pairs)} effects of {size:.4f} bpb (root mean square) were predicted with an error "
-        f"of {miss:.4f}, {same} with the right sign."
+        f"of {miss:.4f}, {same} of {signed} with the right sign."
     )
 
 
@@ -749,11 +756,22 @@ def fit_report(done: Mapping[str, Record], score: str, noise: float) -> str:
 # ---- Picture -------------------------------------------------------------------------------------
 
 
+def mark_sizes(axis: Any, along: str, values: Iterable[float]) -> None:
+    """A logarithmic axis (x or y) whose only marks are these values."""
+    marks = sorted(set(values))
+    side = getattr(axis, f"{along}axis")
+    getattr(axis, f"set_{along}scale")("log")
+    side.set_ticks(marks, [f"{mark:,.4g}" if mark < 1000 else f"{mark:,.0f}" for mark in marks])
+    side.set_ticks([], minor=True)
+    side.set_tick_params(labelsize=7)
+
+
 def draw_effects(
     axis: Any, done: Mapping[str, Record], name: str, score: str, noise: float
 ) -> None:
     """Effect against the setting, a colour a rung, with the fitted curves."""
     scale = SCALES[name]
+    marks: list[float] = []
     for i, rung in enumerate(RUNGS):
         rows = points(done, rung, name, score)
         base = done.get(f"{rung} base")
@@ -762,6 +780,7 @@ def draw_effects(
         x, y = np.array(rows).T
         colour = f"C{i}"
         shown = np.exp(x)
+        marks += [float(f"{value:.4g}") for value in shown]
         label = f"{rung}: {RUNGS[rung]}"
         axis.errorbar(shown, y - base[score], noise, fmt="o", color=colour, label=label)
         optimum = fit_optimum(rows, noise)
@@ -770,10 +789,24 @@ def draw_effects(
             style = "--" if optimum.doubt else "-"
             values = np.polyval(optimum.curve, line) - base[score]
             axis.plot(np.exp(line), values, style, color=colour)
-    axis.set(xscale="log", xlabel=scale.label, ylabel=f"{score} bpb against the base")
+    mark_sizes(axis, "x", marks)
+    axis.set(xlabel=scale.label, ylabel=f"{score} bpb against the base")
     axis.axhline(0, color="grey", linewidth=0.5)
     if axis.get_legend_handles_labels()[0]:
         axis.legend(fontsize=6)
+
+
+def draw_law(axis: Any, along: str, law: Law, colours: Mapping[int, str]) -> None:
+    """A dotted line for each value of the other size, and the official run as a star."""
+    other = "steps" if along == "batch" else "batch"
+    ends = [min(getattr(size, along) for size in RUNGS.values()), getattr(OFFICIAL, along)]
+    for fixed, colour in colours.items():
+        sizes = [Rung(**{along: end, other: fixed}) for end in ends]
+        axis.plot(ends, [math.exp(law.at(size)) for size in sizes], ":", color=colour)
+    best = math.exp(law.coefficients[0])
+    spread = math.exp(1.96 * law.sds[0])
+    bars = [[best - best / spread], [best * spread - best]]
+    axis.errorbar(ends[1], best, bars, fmt="*", color="black", label="official run, 95 %")
 
 
 def draw_optima(
@@ -781,37 +814,31 @@ def draw_optima(
 ) -> None:
     """Optimum against batch or steps, with the law towards the official run."""
     other = "steps" if along == "batch" else "batch"
-    shades = sorted({getattr(size, other) for size in RUNGS.values()})
-    seen = set()
+    unit = {"steps": "steps", "batch": "tokens a step"}
+    every = sorted({getattr(size, other) for size in RUNGS.values()})
+    colours: dict[int, str] = {}  # of the sizes that have an optimum
     for rung, optimum in optima.items():
         if optimum.doubt:
             continue
-        size = RUNGS[rung]
-        fixed = getattr(size, other)
-        colour = f"C{shades.index(fixed)}"
-        low, high = np.exp(optimum.log - optimum.sd), np.exp(optimum.log + optimum.sd)
-        best = np.exp(optimum.log)
-        bars = [[best - low], [high - best]]
-        label = None if fixed in seen else f"{fixed:,} {'steps' if other == 'steps' else 'tokens'}"
-        axis.errorbar(getattr(size, along), best, bars, fmt="o", color=colour, label=label)
-        seen.add(fixed)
-    if isinstance(law, Law):
-        for fixed in [*sorted(seen), getattr(OFFICIAL, other)]:
-            ends = [min(getattr(size, along) for size in RUNGS.values()), getattr(OFFICIAL, along)]
-            sizes = [Rung(**{along: end, other: fixed}) for end in ends]
-            official = fixed == getattr(OFFICIAL, other)
-            colour = "black" if official else f"C{shades.index(fixed)}"
-            axis.plot(ends, [math.exp(law.at(size)) for size in sizes], ":", color=colour)
-        best = math.exp(law.coefficients[0])
-        spread = math.exp(1.96 * law.sds[0])
+        fixed = getattr(RUNGS[rung], other)
+        label = "" if fixed in colours else f"{fixed:,} {unit[other]}"
+        colours[fixed] = f"C{every.index(fixed)}"
+        best = math.exp(optimum.log)
+        spread = math.exp(optimum.sd)
         bars = [[best - best / spread], [best * spread - best]]
-        target = getattr(OFFICIAL, along)
-        axis.errorbar(target, best, bars, fmt="*", color="black", label="official run, 95 %")
+        place = getattr(RUNGS[rung], along)
+        axis.errorbar(place, best, bars, fmt="o", color=colours[fixed], label=label)
+    if isinstance(law, Law):
+        draw_law(axis, along, law, colours | {getattr(OFFICIAL, other): "black"})
     else:
         axis.text(0.5, 0.5, "not determined", ha="center", transform=axis.transAxes)
+
     base = math.exp(SCALES[name].to_log(float(BASE[name])))
     axis.axhline(base, color="grey", linewidth=0.5)
-    axis.set(xscale="log", yscale="log", xlabel=along, ylabel=f"best {SCALES[name].label}")
+    mark_sizes(axis, "x", [getattr(size, along) for size in (*RUNGS.values(), OFFICIAL)])
+    low, high = axis.get_ylim()
+    mark_sizes(axis, "y", np.geomspace(max(low, base / 30), high, 6))
+    axis.set(xlabel=unit[along], ylabel=f"best {SCALES[name].label}")
     if axis.get_legend_handles_labels()[0]:
         axis.legend(fontsize=6)
 
