@@ -755,13 +755,16 @@ class LayerPlan(NamedTuple):
     excludes_self: bool  # XSA
 
 
+Plan = tuple[LayerPlan, ...]  # the layers in the order in which they run
+
+
 def depth_scale(index: int) -> float:
     """Deeper layers read a smaller input, which damps what they add (pg#315)."""
     return (index + 1) ** -0.5
 
 
-def layer_plan(h: Hyperparameters) -> list[LayerPlan]:
-    """The layers in the order in which they run."""
+def layer_plan(h: Hyperparameters) -> Plan:
+    """Each layer once."""
     half = h.num_layers // 2
     decoder = h.num_layers - half  # its first layer; with an odd number one layer is in no half
 
@@ -769,7 +772,7 @@ def layer_plan(h: Hyperparameters) -> list[LayerPlan]:
         """Row of a vector that only layers from `first` on have."""
         return layer - first if layer >= first else None
 
-    return [
+    return tuple(
         LayerPlan(
             number=i,
             depth_scale=depth_scale(i),
@@ -779,7 +782,7 @@ def layer_plan(h: Hyperparameters) -> list[LayerPlan]:
             excludes_self=i >= h.num_layers - h.xsa_layers,
         )
         for i in range(h.num_layers)
-    ]
+    )
 
 
 def rms_norm(x: Tensor) -> Tensor:
@@ -2251,9 +2254,12 @@ def capture(function: Callable[..., Any], *held: Tensor) -> Callable[..., Any]:
 
 @dataclass
 class StepGraphs:
-    """CUDA graphs of the parts of a step; None: that part is launched kernel by kernel."""
+    """CUDA graphs of the parts of a step; a part without one is launched kernel by kernel."""
 
-    gradients: Callable[[Tensor], list[Tensor]] | None = None
+    # By the plan of the model's layers: a run may change it on the way.
+    gradients: dict[Plan, Callable[[Tensor], list[Tensor]]] = dataclasses.field(
+        default_factory=dict
+    )
     update: Callable[[], Tensor] | None = None
     update_late_qat: Callable[[], Tensor] | None = None
 
@@ -2287,9 +2293,8 @@ class Trainer:
         return self.update(sums)
 
     def gradients(self, tokens: Tensor) -> list[Tensor]:
-        if self.graphs.gradients:
-            return self.graphs.gradients(tokens)
-        return self.loss_and_gradients(tokens)
+        gradients = self.graphs.gradients.get(self.model.plan, self.loss_and_gradients)
+        return gradients(tokens)
 
     def loss_and_gradients(self, tokens: Tensor) -> list[Tensor]:
         """Share of the global mean loss of one micro-batch, then its gradient by parameter."""
@@ -2309,9 +2314,10 @@ class Trainer:
         Collectives and sums of micro-batches come between the two, so the update is captured only
         where there are none.
         """
-        if not self.graphs.gradients:
+        if self.model.plan not in self.graphs.gradients:
             micro_batch = tokens.chunk(self.layout.micro)[0].clone()
-            self.graphs.gradients = capture(self.loss_and_gradients, micro_batch)
+            graph = capture(self.loss_and_gradients, micro_batch)
+            self.graphs.gradients[self.model.plan] = graph
         if self.layout.micro > 1 or self.runtime.world_size > 1:
             return
         sums = self.gradients(tokens)
