@@ -89,7 +89,6 @@ def measure() -> dict[str, Any]:
     overrides = {"TRAIN_BATCH_TOKENS": "98304", **os.environ}
     h = tg.Hyperparameters.from_env(overrides)
     runtime = tg.Runtime.start(h, {})
-    tg.require(runtime.on_cuda, f"DEVICE={h.device}: expected a GPU")
     kernels = tg.choose_kernels(h, runtime, tg.RunLog(Path(os.devnull)))
     trainer = tg.Trainer(h, runtime, kernels)
     one_batch = f"TRAIN_BATCH_TOKENS={h.train_batch_tokens}: expected one micro-batch; lower it"
@@ -173,11 +172,16 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def main(arguments: list[str]) -> None:
+    tg.require(torch.cuda.is_available(), "no GPU: there is nothing to time")
+    measured = measure()
+    if arguments:
+        Path(arguments[0]).write_text(json.dumps(measured, indent=1))
+    print(table(measured))
+
+
 if __name__ == "__main__":
     try:
-        measured = measure()
+        main(sys.argv[1:])
     except tg.RunError as error:
         sys.exit(f"error: {error}")
-    if len(sys.argv) > 1:
-        Path(sys.argv[1]).write_text(json.dumps(measured, indent=1))
-    print(table(measured))
