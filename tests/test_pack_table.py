@@ -4,6 +4,7 @@ import hashlib
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -111,15 +112,34 @@ def test_an_artifact_is_shown_with_digest_and_architecture(
     assert f"SHA-256 {digest}" in out and f"model_dim:{h.model_dim}" in out
 
 
-def test_each_budget_of_a_checkpoint_is_kept(saved: Path) -> None:
+def test_a_checkpoint_is_packed_for_each_budget_less_the_code(
+    saved: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    h = tiny()
+    artifact = train_gpt.pack(tiny_weights(h), h, 0.02)
     code = train_gpt.SOURCE.stat().st_size
-    budgets = [(code + size) / 1e6 for size in (9_000, 13_000)]
+    budgets = []
+
+    def pack_to_budget(state: Any, h: Any, budget: int, log: Any) -> bytes:
+        budgets.append(budget)
+        return artifact
+
+    monkeypatch.setattr(train_gpt, "pack_to_budget", pack_to_budget)
+    for name, text in dict(PRESET="smoke", DATA_PATH="none", EVAL_STRIDE="32").items():
+        monkeypatch.setenv(name, text)
+    pack.main(str(saved), [0.125, 1.5])
+    assert budgets == [125_000 - code, 1_500_000 - code]
+    out = capsys.readouterr().out
+    total = f"{len(artifact) + code:,}"
+    assert re.search(rf"^budget 0.125 MB: bytes_total {total} \(OVER\), 0.\d s$", out, re.M)
+    assert re.search(rf"^budget 1.5 MB: bytes_total {total} \(within\), 0.\d s$", out, re.M)
+
+
+def test_a_checkpoint_is_packed_as_a_user_does_it(saved: Path) -> None:
     settings = dict(PRESET="smoke", DATA_PATH="none", DEVICE="cpu", EVAL_STRIDE=32)
-    done = completed(REPO / "bench/pack.py", saved, *budgets, **settings)
+    done = completed(REPO / "bench/pack.py", saved, **settings)
     assert done.returncode == 0, done.stderr
-    totals = re.findall(r"^budget .* bytes_total ([\d,]+) \(within\)", done.stdout, re.M)
-    sizes = [int(total.replace(",", "")) - code for total in totals]
-    assert 8_000 < sizes[0] < 9_000 < sizes[1] < 13_000
+    assert "budget 16.0 MB: bytes_total" in done.stdout and "(within)" in done.stdout
     assert "val_bpb" not in done.stdout, "there is no validation data"
 
 
