@@ -8,111 +8,133 @@ Bits and entropy are per weight of the group; entropy is of order 0 with each ma
 frequencies; overhead is zstd's bytes (codes alone) over it; the relative error is the squared error
 over the squared weights, and needs the checkpoint.  Budgets count code and weights, in 10^6 bytes.
 """
+
 from __future__ import annotations
 
-import dataclasses
-import io
-import json
+import hashlib
 import os
 import sys
-import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np
-import torch
-import zstandard
 from torch import Tensor
 
+import checkpoint
+import timing
 import train_gpt as tg
-from prepare_data import with_sample
+
+HEAD = (
+    f"{'tensor':12s} {'weights':>10s} {'bits':>6s} {'entropy':>8s} {'bytes':>10s} "
+    f"{'overhead':>9s} {'error':>9s} {'share':>7s}"
+)
 
 
-def header_of(artifact: bytes) -> dict[str, Any]:
-    """Architecture and, per tensor, the lengths of its frames."""
-    length = int.from_bytes(artifact[44:48], "little")
-    return json.loads(zstandard.ZstdDecompressor().decompress(artifact[48 : 48 + length]))
+def over(coded_bytes: float, entropy_bytes: float) -> str:
+    """What the coder takes more than the entropy."""
+    return f"{100 * (coded_bytes / entropy_bytes - 1):+.2f} %"
 
 
-def codes_of(artifact: bytes) -> dict[str, Tensor]:
-    """int8 codes (N, R, C) of every rounded tensor, from its frames."""
-    position, codes = 48 + int.from_bytes(artifact[44:48], "little"), {}
-    for entry in header_of(artifact)["tensors"]:
-        frames = []
-        for length in entry["frames"]:
-            frame = artifact[position : position + length]
-            frames.append(zstandard.ZstdDecompressor().decompress(frame))
-            position += length
-        if entry["kind"] == "codes":
-            flat = np.frombuffer(b"".join(frames[1:]), np.int8).copy()
-            codes[entry["name"]] = torch.from_numpy(flat).view(-1, *entry["shape"][-2:])
-    return codes
+def relative_error(w: Tensor, trained: Tensor) -> float:
+    return float((w - trained).square().sum() / trained.square().sum())
 
 
 def table(artifact: bytes, trained: Mapping[str, Tensor] | None = None) -> str:
-    """Rows by tensor group; `trained` are the float weights that were packed."""
+    """Rows by tensor group; `trained` are the float weights that were packed, on the CPU."""
+    header, frames = tg.read_frames(artifact, "artifact")
     _, state = tg.unpack(artifact)
-    codes, lines = codes_of(artifact), []
-    lines.append(f"{'tensor':12s} {'weights':>10s} {'bits':>6s} {'entropy':>8s} {'bytes':>10s} "
-                 f"{'overhead':>9s} {'error':>9s} {'share':>7s}")
-    total_entropy = total_codes = 0.0
-    for entry in header_of(artifact)["tensors"]:
-        name, size = entry["name"], sum(entry["frames"])
-        w, entropy, overhead, error = state[name], "", "", ""
-        if name in codes:
-            bytes_of_entropy = tg.entropy_bits(codes[name]) / 8
-            coded = sum(entry["frames"][1:])
-            total_entropy, total_codes = total_entropy + bytes_of_entropy, total_codes + coded
-            entropy = f"{8 * bytes_of_entropy / w.numel():.3f}"
-            overhead = f"{100 * (coded / bytes_of_entropy - 1):+.2f} %"
-        if trained:
-            difference = (w - trained[name].float().cpu()).square().sum()
-            error = f"{float(difference / trained[name].float().square().sum()):.1e}"
-        lines.append(f"{name:12s} {w.numel():10,d} {8 * size / w.numel():6.3f} {entropy:>8s} "
-                     f"{size:10,d} {overhead:>9s} {error:>9s} {100 * size / len(artifact):6.2f} %")
-    lines.append(f"{len(artifact):,} bytes; all codes: zstd {total_codes:,.0f} bytes, entropy "
-                 f"{total_entropy:,.0f}, overhead {100 * (total_codes / total_entropy - 1):+.2f} %")
+    lines = [HEAD]
+    entropy_of_all = 0.0
+    coded_in_all = 0
+    for entry in header["tensors"]:
+        name = entry["name"]
+        w = state[name]
+        packed = sum(entry["frames"])
+        entropy = ""
+        overhead = ""
+        if entry["kind"] == "codes":
+            codes, _ = tg.decode_codes(frames[name], entry["shape"])
+            entropy_bytes = tg.entropy_bits(codes) / 8
+            _, *code_frames = entry["frames"]  # the first one holds the scales
+            coded = sum(code_frames)
+            entropy = f"{8 * entropy_bytes / w.numel():.3f}"
+            overhead = over(coded, entropy_bytes)
+            entropy_of_all += entropy_bytes
+            coded_in_all += coded
+        error = f"{relative_error(w, trained[name]):.1e}" if trained else ""
+        lines.append(
+            f"{name:12s} {w.numel():10,d} {8 * packed / w.numel():6.3f} {entropy:>8s} "
+            f"{packed:10,d} {overhead:>9s} {error:>9s} {100 * packed / len(artifact):6.2f} %"
+        )
+    lines.append(
+        f"{len(artifact):,} bytes; all codes: zstd {coded_in_all:,} bytes, entropy "
+        f"{entropy_of_all:,.0f}, overhead {over(coded_in_all, entropy_of_all)}"
+    )
     return "\n".join(lines)
+
+
+def inspect(path: str, artifact: bytes) -> None:
+    header, _ = tg.read_frames(artifact, path)
+    digest = hashlib.sha256(artifact[tg.HASHED_FROM :]).hexdigest()
+    print(f"{path}: format {tg.ARTIFACT_VERSION}, SHA-256 {digest}")
+    print(" ".join(f"{name}:{value}" for name, value in header["architecture"].items()))
+    print(table(artifact))
+
+
+def scorer(h: tg.Hyperparameters, runtime: tg.Runtime) -> Callable[[Mapping[str, Tensor]], str]:
+    """A function from weights to their bpb, in words; to nothing if there is no validation data."""
+    if not Path(h.data_path).is_dir():
+        return lambda state: ""
+    evaluator = tg.Evaluator.open(h, runtime)
+    kernels = tg.choose_kernels(h, runtime, tg.RunLog(None))
+
+    def score(state: Mapping[str, Tensor]) -> str:
+        model = tg.load_model(h, runtime, state, kernels)
+        return f" val_bpb {evaluator.score(model).bpb:.5f}"
+
+    return score
+
+
+def pack(path: str, budgets: list[float]) -> None:
+    """A checkpoint at each budget, in 10^6 bytes."""
+    h, stages = checkpoint.load(path, os.environ)
+    runtime = tg.Runtime.start(h, {})
+    trained = stages["averaged"]
+    on_device = {name: w.to(runtime.device) for name, w in trained.items()}
+    score = scorer(h, runtime)
+    bpb = score(trained)
+    if bpb:
+        print(f"float weights:{bpb}")
+
+    code = tg.SOURCE.stat().st_size
+    for megabytes in budgets:
+        budget = int(megabytes * 1e6) - code
+
+        def packed(budget: int = budget) -> bytes:
+            return tg.pack_to_budget(on_device, h, budget, lambda line: None)
+
+        artifact, seconds = timing.seconds(packed)
+        _, state = tg.unpack(artifact)
+        total = len(artifact) + code
+        fits = "within" if total < megabytes * 1e6 else "OVER"
+        print(
+            f"\nbudget {megabytes} MB: bytes_total {total:,} ({fits}), "
+            f"{seconds:.1f} s{score(state)}"
+        )
+        print(table(artifact, trained))
 
 
 def main(path: str, budgets: list[float]) -> None:
     content = Path(path).read_bytes()
-    if content[:8] == tg.ARTIFACT_MAGIC:
-        header = header_of(content)
-        print(f"{path}: format {tg.ARTIFACT_VERSION}, SHA-256 {content[12:44].hex()}")
-        print(" ".join(f"{k}:{v}" for k, v in header["architecture"].items()))
-        print(table(content))
-        return
-    saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    h = dataclasses.replace(with_sample(tg.Hyperparameters.from_env(os.environ)),
-                            **saved["architecture"])
-    runtime = tg.Runtime.start(h, {})
-    trained = {name: w.to(runtime.device).float()
-               for name, w in saved["stages"]["averaged"].items()}
-    evaluator = kernels = None
-    if Path(h.data_path).is_dir():
-        tokens = np.concatenate(tg.open_split(h.data_path, "val"))
-        bytes_of = tg.load_byte_table(h.tokenizer_path, h.vocab_size)
-        evaluator = tg.Evaluator(h, runtime, tokens, bytes_of)
-        kernels = tg.choose_kernels(h, runtime, tg.RunLog(None))
-        score = evaluator.score(tg.load_model(h, runtime, trained, kernels))
-        print(f"float weights: val_bpb {score.bpb:.5f}")
-    code = tg.SOURCE.stat().st_size
-    for megabytes in budgets:
-        began = time.perf_counter()
-        artifact = tg.pack_to_budget(trained, h, int(megabytes * 1e6) - code, lambda line: None)
-        seconds, bpb = time.perf_counter() - began, ""
-        if evaluator and kernels:
-            model = tg.load_model(h, runtime, tg.unpack(artifact)[1], kernels)
-            bpb = f" val_bpb {evaluator.score(model).bpb:.5f}"
-        print(f"\nbudget {megabytes} MB: bytes_total {len(artifact) + code:,} "
-              f"({'within' if len(artifact) + code < megabytes * 1e6 else 'OVER'}), "
-              f"{seconds:.1f} s{bpb}")
-        print(table(artifact, {name: w.cpu() for name, w in trained.items()}))
+    if content.startswith(tg.ARTIFACT_MAGIC):
+        inspect(path, content)
+    else:
+        pack(path, budgets)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], [float(x) for x in sys.argv[2:]] or [16.0])
+    try:
+        main(sys.argv[1], [float(text) for text in sys.argv[2:]] or [16.0])
+    except tg.RunError as error:
+        sys.exit(f"error: {error}")

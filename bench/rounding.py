@@ -3,62 +3,88 @@
     DATA_PATH=... TOKENIZER_PATH=... python bench/rounding.py final_model.pt nearest,gptq 0.0058
     ... python bench/rounding.py final_model.pt nearest,fisher 0.0058 [WINDOWS] [SCORED]
 
-Calibration takes WINDOWS (16) training windows, scoring SCORED (24) validation windows spread over
-the split, enough for differences because all ways meet the same tokens; minutes on two CPU cores.
-STAGE=trained rounds the last iterate instead of the average: on the very step that late QAT had,
-which the run's log tells, it may lose nothing (docs/ABLATIONS.md).
-For `fisher` the row steps are rescaled until the entropy is that of `nearest` at the step given.
+The third argument is grid steps, with commas between them.  Calibration takes WINDOWS (16) training
+windows, scoring SCORED (24) validation windows spread over the split, enough for differences
+because all ways meet the same tokens; minutes on two CPU cores.
+STAGE=trained rounds the last iterate instead of the average: on the very grid step that late QAT
+had, which the run's log tells, it may lose nothing (docs/ABLATIONS.md).
+For `fisher` the grid steps of rows are rescaled until the entropy is that of `nearest` at the grid
+step given.
 """
+
 from __future__ import annotations
 
-import dataclasses
+import math
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import checkpoint
 import train_gpt as tg
-from prepare_data import with_sample
 
 Weights = dict[str, Tensor]
+BLOCK = 128  # columns whose errors GPTQ carries to the far columns at once
+
+# Bank -> what its matrices of the first role read, and those of the second.
+INPUTS = {
+    "qo_bank": ("heads", "out"),
+    "kv_bank": ("heads", "heads"),
+    "mlp_bank": ("up", "down"),
+}
+
+
+class Rounded(NamedTuple):
+    """Weights on a grid, and what they take."""
+
+    weights: Weights
+    size: float  # bytes of the codes' entropy
 
 
 def gptq(w_NRC: Tensor, scale_NRC: Tensor, qmax: Tensor, moments_NCC: Tensor) -> Tensor:
-    """Codes (N, R, C) of w on the grid of `scale`, column by column; what rounding adds to the
-    outputs is taken back by the columns that follow (Frantar et al., GPTQ, 2022).  `moments` are
-    the second moments of the inputs; 1 % of their mean diagonal is added."""
+    """Codes (N, R, C) of w on the grid of `scale`, column by column.
+
+    What rounding adds to the outputs is taken back by the columns that follow (Frantar et al.,
+    GPTQ, 2022).  `moments` are the second moments of the inputs; 1 % of their mean diagonal is
+    added.
+    """
     columns = w_NRC.shape[-1]
     damping = 0.01 * moments_NCC.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None] + 1e-12
     damped = moments_NCC + damping * torch.eye(columns, device=w_NRC.device)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
     upper = torch.linalg.cholesky(inverse, upper=True)
-    w, codes = w_NRC.clone(), torch.empty_like(w_NRC)
-    for start in range(0, columns, 128):  # far columns are corrected once a block
-        end = min(start + 128, columns)
+    w = w_NRC.clone()
+    codes = torch.empty_like(w)
+    for start in range(0, columns, BLOCK):
+        end = min(start + BLOCK, columns)
         errors = torch.empty_like(w[..., start:end])
         for j in range(start, end):
+            column = w[..., j : j + 1]
             scale = scale_NRC[..., j : j + 1]
-            code = tg.encode(w[..., j : j + 1], scale, qmax)
-            codes[..., j : j + 1] = code
-            error = (w[..., j : j + 1] - code * scale) / upper[:, j : j + 1, j : j + 1]
+            code = tg.encode(column, scale, qmax)
+            error = (column - code * scale) / upper[:, j : j + 1, j : j + 1]
             w[..., j:end] -= error * upper[:, j : j + 1, j:end]
+            codes[..., j : j + 1] = code
             errors[..., j - start : j - start + 1] = error
         w[..., end:] -= errors @ upper[:, start:end, end:]
     return codes
 
 
-def input_moments(h: tg.Hyperparameters, weights: Weights, windows: Tensor) -> dict[str, Tensor]:
-    """Second moments (L, C, C), summed over tokens, of what each product reads: `heads` for q, k
-    and v, `out`, `up`, `down`."""
+def input_moments(h: tg.Hyperparameters, weights: Weights, windows: Tensor) -> Weights:
+    """Second moments (L, C, C), summed over tokens, of what each product reads.
+
+    `heads` is for q, k and v; the others are `out`, `up` and `down`.
+    """
     sums: dict[str, list[Tensor]] = {name: [] for name in ("heads", "out", "up", "down")}
     layer = -1
+    real_linear = F.linear
 
     def add(name: str, x: Tensor) -> None:
         gram = x.flatten(0, -2).T @ x.flatten(0, -2)
@@ -66,11 +92,11 @@ def input_moments(h: tg.Hyperparameters, weights: Weights, windows: Tensor) -> d
             sums[name].append(torch.zeros_like(gram))
         sums[name][layer] += gram
 
-    def heads(x: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def heads(x: Tensor, w: Tensor, gain: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         nonlocal layer
         layer += 1
         add("heads", x)
-        return real_heads(x, *rest)
+        return tg.project_heads(x, w, gain, rotary)
 
     def linear(x: Tensor, w: Tensor) -> Tensor:
         if x.ndim == 3 and w.shape == (h.model_dim, h.model_dim):
@@ -84,7 +110,6 @@ def input_moments(h: tg.Hyperparameters, weights: Weights, windows: Tensor) -> d
         add("down", post)
         return post @ down
 
-    real_heads, real_linear = tg.project_heads, F.linear
     model = tg.GPT(h, weights, tg.Kernels(heads=heads, mlp=mlp))
     F.linear = linear  # type: ignore[assignment]
     try:
@@ -104,107 +129,133 @@ def squared_gradients(h: tg.Hyperparameters, weights: Weights, windows: Tensor) 
     means = [torch.zeros_like(p) for p in parameters]
     for window in windows:
         loss = model(window[None, :-1], window[None, 1:]).mean()
-        for mean, gradient in zip(means, torch.autograd.grad(loss, parameters), strict=True):
+        gradients = torch.autograd.grad(loss, parameters)
+        for mean, gradient in zip(means, gradients, strict=True):
             mean += gradient.square() / len(windows)
     return dict(zip(names, means, strict=True))
 
 
-def nearest(h: tg.Hyperparameters, weights: Weights, step: float) -> tuple[Weights, float]:
-    """Rounded weights and the bytes of their entropy, as shipped."""
-    rounded, size = {}, 0.0
-    for name, codes, scales in tg.rounded(weights, h, step):
-        rounded[name] = tg.dequantize(codes, scales).view(weights[name].shape)
+def on_grid(
+    h: tg.Hyperparameters,
+    weights: Weights,
+    grid_step: float,
+    change: Callable[[str, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
+) -> Rounded:
+    """Rounds as shipped, but for the banks of `INPUTS`.
+
+    change: from name, int8 codes, scales and qmax of a bank to other codes and scales.
+    """
+    state = {}
+    size = 0.0
+    for name, codes, scales in tg.rounded(weights, h, grid_step):
+        if name in INPUTS:
+            qmax, _ = tg.export_grids(h)[name].tensors(codes.device)
+            codes, scales = change(name, codes, scales, qmax)
+        state[name] = tg.dequantize(codes, scales).view(weights[name].shape)
         size += tg.entropy_bits(codes) / 8
-    return rounded, size
+    return Rounded(state, size)
 
 
-def by_gptq(h: tg.Hyperparameters, weights: Weights, step: float,
-            moments: dict[str, Tensor]) -> tuple[Weights, float]:
+def nearest(h: tg.Hyperparameters, weights: Weights, grid_step: float) -> Rounded:
+    """As shipped."""
+    return on_grid(h, weights, grid_step, lambda name, codes, scales, qmax: (codes, scales))
+
+
+def by_gptq(h: tg.Hyperparameters, weights: Weights, grid_step: float, moments: Weights) -> Rounded:
     """The same grid with error feedback; `moments` from `input_moments`."""
-    rounded, size, layers = {}, 0.0, h.num_layers
-    roles = {"qo_bank": ("heads", "out"), "kv_bank": ("heads", "heads"), "mlp_bank": ("up", "down")}
-    for name, codes, scales in tg.rounded(weights, h, step):
-        if name in roles:
-            qmax = tg.export_grids(h)[name].tensors(codes)[0]
-            halves = []
-            for half, role in zip((slice(layers), slice(layers, None)), roles[name], strict=True):
-                w, scale = weights[name][half], scales[half].expand_as(weights[name][half])
-                if role == "down":  # stored transposed: its inputs are its rows
-                    halves.append(gptq(w.mT, scale.mT, qmax[half], moments[role]).mT)
-                else:
-                    halves.append(gptq(w, scale, qmax[half], moments[role]))
-            codes = torch.cat(halves).to(torch.int8)
-        rounded[name] = tg.dequantize(codes, scales).view(weights[name].shape)
-        size += tg.entropy_bits(codes) / 8
-    return rounded, size
+
+    def change(name: str, codes: Tensor, scales: Tensor, qmax: Tensor) -> tuple[Tensor, Tensor]:
+        w = weights[name]
+        parts = zip(
+            INPUTS[name], w.chunk(2), scales.expand_as(w).chunk(2), qmax.chunk(2), strict=True
+        )
+        found = []
+        for inputs, matrices, scale, highest in parts:
+            if inputs == "down":  # stored transposed: its inputs are its rows
+                found.append(gptq(matrices.mT, scale.mT, highest, moments[inputs]).mT)
+            else:
+                found.append(gptq(matrices, scale, highest, moments[inputs]))
+        return torch.cat(found).to(torch.int8), scales
+
+    return on_grid(h, weights, grid_step, change)
 
 
-def by_fisher(h: tg.Hyperparameters, weights: Weights, size: float,
-              fisher: Weights) -> tuple[Weights, float]:
-    """Banks on row steps that go with the fourth root of the row's mean squared gradient, at
-    an entropy of `size` bytes; tables as shipped."""
-    def attempt(step: float) -> tuple[Weights, float]:
-        rounded, total = {}, 0.0
-        for name, codes, scales in tg.rounded(weights, h, step):
-            if name in ("qo_bank", "kv_bank", "mlp_bank"):
-                row = fisher[name].mean(-1, keepdim=True)
-                whole = row.mean(1, keepdim=True)
-                relative = whole.rsqrt() * (whole / (row + 0.02 * whole)).sqrt().sqrt()
-                relative = relative / fisher["mlp_bank"].mean().rsqrt()
-                widest = weights[name].abs().amax(-1, keepdim=True)
-                qmax = tg.export_grids(h)[name].tensors(codes)[0]
-                scales = torch.maximum(relative * step, 0.9 * widest / qmax)
-                codes = tg.encode(weights[name], scales, qmax).to(torch.int8)
-            rounded[name] = tg.dequantize(codes, scales).view(weights[name].shape)
-            total += tg.entropy_bits(codes) / 8
-        return rounded, total
+def by_fisher(h: tg.Hyperparameters, weights: Weights, size: float, fisher: Weights) -> Rounded:
+    """Banks on grid steps of their own, at an entropy of `size` bytes; tables as shipped.
 
-    low, high = -14.0, 0.0  # log2 of the step
-    for _ in range(16):
-        middle = (low + high) / 2
-        low, high = (low, middle) if attempt(2.0**middle)[1] <= size else (middle, high)
-    return attempt(2.0**high)
+    A row's grid step goes with the fourth root of its mean squared gradient, which is in `fisher`.
+    """
+
+    def attempt(grid_step: float) -> Rounded:
+        def change(name: str, codes: Tensor, scales: Tensor, qmax: Tensor) -> tuple[Tensor, Tensor]:
+            row = fisher[name].mean(-1, keepdim=True)
+            whole = row.mean(1, keepdim=True)
+            relative = whole.rsqrt() * (whole / (row + 0.02 * whole)).sqrt().sqrt()
+            relative = relative / fisher["mlp_bank"].mean().rsqrt()
+            widest = weights[name].abs().amax(-1, keepdim=True)
+            scales = torch.maximum(relative * grid_step, 0.9 * widest / qmax)
+            return tg.encode(weights[name], scales, qmax).to(torch.int8), scales
+
+        return on_grid(h, weights, grid_step, change)
+
+    return attempt(tg.fit_grid_step(lambda grid_step: attempt(grid_step).size, size))
 
 
-def main(path: str, ways: list[str], steps: list[float], calibration: int, scored: int,
-         stage: str) -> None:
-    saved = torch.load(path, map_location="cpu", weights_only=True)
-    h = dataclasses.replace(with_sample(tg.Hyperparameters.from_env(os.environ)),
-                            **saved["architecture"])
-    weights = {name: w.float() for name, w in saved["stages"][stage].items()}
+class Validation:
+    """Windows spread over the validation split, on which weights are scored."""
+
+    def __init__(self, h: tg.Hyperparameters, count: int):
+        self.h = h
+        tokens = tg.Evaluator.open(h, tg.Runtime(torch.device("cpu"))).tokens
+        distance = (len(tokens) - h.train_seq_len - 1) // count
+        self.windows = tokens.unfold(0, h.train_seq_len + 1, distance)[:count].long()
+        table = tg.load_byte_table(h.tokenizer_path, h.vocab_size)
+        self.text_bytes = sum(table.count(window.numpy()) for window in self.windows)
+
+    @torch.no_grad()
+    def bpb(self, weights: Weights) -> float:
+        model = tg.GPT(self.h, weights, tg.Kernels())
+        nats = [model(w[None, :-1], w[None, 1:]).double().sum() for w in self.windows]
+        return float(torch.stack(nats).sum()) / math.log(2) / self.text_bytes
+
+
+def main(
+    path: str, ways: list[str], grid_steps: list[float], calibration: int, scored: int, stage: str
+) -> None:
+    h, stages = checkpoint.load(path, os.environ)
+    weights = stages[stage]
     plan = tg.BatchPlan(tg.open_split(h.data_path, "train"), h.train_seq_len, calibration, 1)
     windows = torch.from_numpy(plan.tokens(0, range(calibration)))
-    split = np.concatenate(tg.open_split(h.data_path, "val"))
-    stride = (len(split) - h.train_seq_len - 1) // scored
-    validation = torch.from_numpy(np.stack(
-        [split[i * stride :][: h.train_seq_len + 1].astype(np.int64) for i in range(scored)]))
-    table = tg.load_byte_table(h.tokenizer_path, h.vocab_size)
-    bits_per_byte = h.train_seq_len * scored / sum(
-        table.count(row.numpy()) for row in validation) / np.log(2)
+    validation = Validation(h, scored)
 
-    def loss(state: Weights) -> float:
-        model = tg.GPT(h, {**weights, **state}, tg.Kernels())
-        with torch.no_grad():
-            rows = [model(row[None, :-1], row[None, 1:]).double().mean() for row in validation]
-        return float(torch.stack(rows).mean())
-
-    floating = loss({})
-    print(f"{stage}, float: {floating * bits_per_byte:.5f} bpb on {scored} windows")
+    floating = validation.bpb(weights)
+    print(f"{stage}, float: {floating:.5f} bpb on {scored} windows")
     moments = input_moments(h, weights, windows) if "gptq" in ways else {}
     fisher = squared_gradients(h, weights, windows) if "fisher" in ways else {}
-    for step in steps:
-        entropy = nearest(h, weights, step)[1]
-        makers: dict[str, Callable[[], tuple[Weights, float]]] = {
-            "nearest": lambda step=step: nearest(h, weights, step),
-            "gptq": lambda step=step: by_gptq(h, weights, step, moments),
-            "fisher": lambda entropy=entropy: by_fisher(h, weights, entropy, fisher)}
+    for grid_step in grid_steps:
+        plain = nearest(h, weights, grid_step)
         for way in ways:
-            state, size = makers[way]()
-            print(f"step {step:g} {way:8s} entropy {size:12,.0f} bytes, "
-                  f"{(loss(state) - floating) * bits_per_byte:+.5f} bpb", flush=True)
+            found = plain
+            if way == "gptq":
+                found = by_gptq(h, weights, grid_step, moments)
+            elif way == "fisher":
+                found = by_fisher(h, weights, plain.size, fisher)
+            print(
+                f"grid_step {grid_step:g} {way:8s} entropy {found.size:12,.0f} bytes, "
+                f"{validation.bpb(weights | found.weights) - floating:+.5f} bpb",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2].split(","), [float(x) for x in sys.argv[3].split(",")],
-         *[int(x) for x in (sys.argv[4:] + ["16", "24"][len(sys.argv) - 4 :])],
-         stage=os.environ.get("STAGE", "averaged"))
+    path, ways, grid_steps, *counts = sys.argv[1:]
+    defaults = ["16", "24"]
+    calibration, scored = map(int, counts + defaults[len(counts) :])
+    main(
+        path,
+        ways.split(","),
+        [float(text) for text in grid_steps.split(",")],
+        calibration,
+        scored,
+        stage=os.environ.get("STAGE", "averaged"),
+    )

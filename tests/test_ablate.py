@@ -4,15 +4,17 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import sentencepiece
 import torch
-from support import REPO, TINY, cpu_runtime, tiny, tiny_weights, write_shard
+from support import REPO, TINY, cpu_runtime, normal, tiny, tiny_weights, write_shard
+from support import train_gpt as tg
+from torch import Tensor
 
 sys.path.insert(0, str(REPO / "bench"))
 import ablate
@@ -27,13 +29,29 @@ def test_an_argument_is_name_prediction_and_settings() -> None:
     variant = ablate.parse("qk 4 (-0.004): QK_GAIN_INIT=4 SEED=7")
     assert variant == ("qk 4", "-0.004", {"QK_GAIN_INIT": "4", "SEED": "7"})
     assert ablate.parse("base") == ("base", "", {})
-    assert ablate.off(ablate.parse("x: OFF=smear,normuon SEED=7")) == ["smear", "normuon"]
+    assert ablate.parse("x: OFF=smear,normuon SEED=7").off == ["smear", "normuon"]
 
 
-@pytest.mark.parametrize("argument", ["", ": A=1", "name: A", "name: =1", "name: OFF=smeer"])
+@pytest.mark.parametrize("argument", ["", ": A=1", "name: A", "name: =1"])
 def test_an_argument_that_is_none_is_refused(argument: str) -> None:
-    with pytest.raises(ablate.Mistake, match="expected|unknown; choose of .*smear"):
+    with pytest.raises(ablate.Mistake, match="expected 'name"):
         ablate.parse(argument)
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("x: OFF=smeer", "unknown; choose of .*smear"),
+        ("x: ITERATION=3", "ITERATIONS"),
+        ("x: EVAL_ONLY=final_model.ptz", "a variant is trained"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_any_run(
+    argument: str, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ablate.Mistake, match=message):
+        ablate.main(["base", argument], tmp_path / "TABLE.md")
+    assert not (tmp_path / "TABLE.md").exists()
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -47,82 +65,237 @@ def test_a_row_has_a_cell_for_every_column(shared: bool) -> None:
     assert "| -0.0050 | 1.1800 | " + ("- |" if shared else "70.0 |") in line
 
 
-# Patches
+# Techniques
 
 
-def loaded(name: str, folder: Path) -> ModuleType:
-    """The program without a technique, or whole if there is no name, as a module of its own."""
-    module = ModuleType("patched")
-    module.__file__ = str(folder / "train_gpt.py")
-    source = ablate.patched((REPO / "train_gpt.py").read_text(), [name] if name else [])
-    # A second definition of an operator would destroy the one that all other tests use.
-    assert source.count('custom_op("golf::') == 2
-    source = source.replace('custom_op("golf::', f'custom_op("golf_{name or "whole"}::')
-    Path(module.__file__).write_text(source)
-    sys.modules["patched"] = module  # its dataclasses look their module up
-    exec(compile(source, module.__file__, "exec"), module.__dict__)
-    return module
+@pytest.fixture
+def without(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Leaves a technique out until the test ends."""
+
+    def leave_out(name: str) -> None:
+        monkeypatch.setattr(*ablate.TECHNIQUES[name])
+
+    return leave_out
 
 
-def effects(tg: Any) -> dict[str, Any]:
-    """What each part of the program computes on the same small inputs."""
-    h, generator = tiny(), torch.Generator().manual_seed(0)
-    model = tg.GPT(h, tiny_weights(h), tg.Kernels())
+def batch(h: tg.Hyperparameters) -> Tensor:
+    """(2, T+1) tokens with a start of a document amid the first window."""
+    generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(2, h.vocab_size, (2, h.train_seq_len + 1), generator=generator)
-    tokens[:, 9] = 1
+    tokens[0, 9] = tg.BOS_ID
+    return tokens
+
+
+def losses_and_gradients(**neutral: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """Of a tiny model in which every parameter matters, but for those set to a `neutral` value."""
+    h = tiny()
+    weights = tiny_weights(h)
+    for name, value in neutral.items():
+        weights[name].fill_(value)
+    model = tg.GPT(h, weights, tg.Kernels())
+    tokens = batch(h)
     losses = model(tokens[:, :-1], tokens[:, 1:])
-    gradients = torch.autograd.grad(losses.mean(), list(model.parameters()))
-    optimizer = tg.Optimizer(model, h, cpu_runtime())
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    gradients = torch.autograd.grad(losses.mean(), parameters)
+    return losses.detach(), dict(zip(names, gradients, strict=True))
+
+
+def effects() -> dict[str, Any]:
+    """What each part of the program computes on the same small inputs."""
+    h = tiny()
+    losses, gradients = losses_and_gradients()
+    optimizer = tg.Optimizer(tg.GPT(h, tiny_weights(h), tg.Kernels()), h, cpu_runtime())
     optimizer.lr.fill_(1.0)
-    optimizer.update([losses.mean().detach(), *gradients])
-    w = torch.randn(1, 8, 1024, generator=generator)
+    optimizer.update(losses.mean(), list(gradients.values()))
+    w = normal(1, 8, 1024)
     w[..., 0] = 9.0
-    clipped = tg.quantize(w, torch.tensor(1e-6), torch.full((1, 1, 1), 31.0), torch.ones(1, 1, 1))
     mean = tg.RunningMean({"w": torch.zeros(1)})
     for i in range(400):
         mean.update({"w": torch.tensor([float(i > 100)])})
     plan = tg.BatchPlan([np.arange(4000, dtype=np.uint16)], 16, 4, 0)
     return {
-        "losses": losses.detach(), "masters": optimizer.masters()["qo_bank"].clone(),
-        "scales": clipped[1], "qmax": tg.export_grids(h)["qo_bank"], "mean": mean.mean["w"],
+        "losses": losses,
+        "masters": optimizer.masters()["qo_bank"].clone(),
+        "scales": tg.row_scales(w, torch.tensor(1e-6), torch.tensor(31.0)),
+        "grids": tg.export_grids(h),
+        "mean": mean.mean["w"],
         "batch": torch.from_numpy(plan.tokens(0, range(4))),
-    }  # fmt: skip
+    }
 
 
+MODEL = {"losses", "masters"}
 TOUCHED = {  # technique -> the parts that change without it; all others stay
-    "smear": {"losses", "masters"}, "smear_bos_mask": {"losses", "masters"},
-    "smear_by_token": {"losses", "masters"},
-    "depth_scale": {"losses", "masters"}, "value_embedding": {"losses", "masters"},
-    "unet_skips": {"losses", "masters"}, "normuon": {"masters"}, "polar_express": {"masters"},
-    "gptq_lite": {"scales"}, "int8_layers": {"qmax"}, "shuffling": {"batch"},
+    "smear": MODEL,
+    "smear_by_token": MODEL,
+    "smear_bos_mask": MODEL,
+    "depth_scale": MODEL,
+    "value_embedding": MODEL,
+    "unet_skips": MODEL,
+    "normuon": {"masters"},
+    "polar_express": {"masters"},
+    "gptq_lite": {"scales"},
+    "int8_layers": {"grids"},
+    "shuffling": {"batch"},
     "plain_mean": {"mean"},
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return effects(loaded("", tmp_path_factory.mktemp("whole")))
+def whole() -> dict[str, Any]:
+    return effects()
 
 
 def test_every_technique_that_can_be_left_out_is_tested() -> None:
-    assert TOUCHED.keys() == ablate.PATCHES.keys()
+    assert TOUCHED.keys() == ablate.TECHNIQUES.keys()
 
 
 @pytest.mark.parametrize("name", TOUCHED)
 def test_leaving_a_technique_out_changes_its_part_alone(
-    name: str, whole: dict[str, Any], tmp_path: Path
+    name: str, whole: dict[str, Any], without: Callable[[str], None]
 ) -> None:
+    without(name)
     changed = set()
-    for part, value in effects(loaded(name, tmp_path)).items():
-        same = torch.equal(value, whole[part]) if isinstance(value, torch.Tensor) else (
-            tuple(value) == tuple(whole[part]))  # fmt: skip
-        changed |= set() if same else {part}
+    for part, value in effects().items():
+        same = value == whole[part]
+        if isinstance(value, Tensor):
+            same = torch.equal(value, whole[part])
+        if not same:
+            changed.add(part)
     assert changed == TOUCHED[name]
 
 
-def test_a_patch_whose_line_has_gone_is_refused() -> None:
-    with pytest.raises(ablate.Mistake, match="OFF=smear.*0 times.*mend PATCHES"):
-        ablate.patched("x = 1", ["smear"])
+@pytest.mark.parametrize(
+    ("name", "neutral", "unused"),
+    [
+        ("smear", {"smear_gate": -1e4}, {"smear_gate", "smear_token"}),
+        ("smear_by_token", {"smear_token": 0.0}, {"smear_token"}),
+        ("value_embedding", {"ve_scale": 0.0}, {"ve_emb", "ve_proj", "ve_scale"}),
+        ("unet_skips", {"skip_weight": 0.0}, {"skip_weight"}),
+    ],
+)
+def test_the_model_is_as_if_its_weights_did_nothing(
+    name: str, neutral: dict[str, float], unused: set[str], without: Callable[[str], None]
+) -> None:
+    expected, expected_gradients = losses_and_gradients(**neutral)
+    without(name)
+    losses, gradients = losses_and_gradients()
+    torch.testing.assert_close(losses, expected)
+    assert {name for name, gradient in gradients.items() if not gradient.any()} == unused
+    for other in gradients.keys() - unused:
+        torch.testing.assert_close(gradients[other], expected_gradients[other])
+
+
+def test_without_the_mask_smear_crosses_documents(without: Callable[[str], None]) -> None:
+    without("smear_bos_mask")
+    h = tiny()
+    inputs = batch(h)[:, :-1]
+    x = normal(*inputs.shape, h.model_dim)
+    gate = normal(h.model_dim, seed=1)
+    token = normal(h.smear_dims, seed=2)
+    expected = x.clone()
+    for row in range(len(x)):
+        for t in range(1, h.train_seq_len):
+            factor = 2 * torch.sigmoid(x[row, t, : h.smear_dims] @ token)
+            share = factor * torch.sigmoid(gate)
+            expected[row, t] = (1 - share) * x[row, t] + share * x[row, t - 1]
+    torch.testing.assert_close(tg.smear(x, gate, token, inputs), expected)
+
+
+def test_without_depth_scale_all_layers_read_the_whole_norm(without: Callable[[str], None]) -> None:
+    h = tiny()
+    model = tg.GPT(h, tiny_weights(h), tg.Kernels())
+    model.plan = [layer._replace(depth_scale=1.0) for layer in model.plan]
+    tokens = batch(h)
+    expected = model(tokens[:, :-1], tokens[:, 1:])
+    without("depth_scale")
+    losses, gradients = losses_and_gradients()
+    torch.testing.assert_close(losses, expected)
+    assert all(gradient.any() for gradient in gradients.values())
+
+
+def muon_bank(master: Tensor) -> tg.Bank:
+    parameter = torch.nn.Parameter(master.clone())
+    neurons = torch.zeros_like(master[:, :, :1])
+    scale = torch.full((len(master), 1, 1), 1.5)
+    return tg.Bank(
+        "bank", parameter, master.clone(), master.clone(), torch.zeros_like(master), neurons, scale
+    )
+
+
+def test_without_normuon_an_update_is_muon_as_published(without: Callable[[str], None]) -> None:
+    without("normuon")
+    grad = normal(2, 12, 8)
+    master = normal(2, 12, 8, seed=1)
+    bank = muon_bank(master)
+    one, lr, momentum, decay = map(torch.tensor, (1.0, 0.1, 0.9, 0.5))
+    tg.muon_update(grad, bank, one, lr, momentum, decay, 0.95, torch.float32)
+    nesterov = 0.1 * grad + 0.9 * (0.1 * grad)  # the momentum was zero
+    expected = master * (1 - 0.1 * 0.5) - 0.1 * 1.5 * tg.orthogonalize(nesterov, torch.float32)
+    torch.testing.assert_close(bank.master, expected)
+
+
+def test_without_polar_express_it_is_muons_iteration(without: Callable[[str], None]) -> None:
+    without("polar_express")
+    g = normal(1, 6, 10, dtype=torch.float64)
+    u, s, vh = torch.linalg.svd(g, full_matrices=False)
+    s = s / (1.02 * g.norm())
+    for _ in range(5):  # Newton-Schulz acts on singular values alone
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    expected = u @ torch.diag_embed(s) @ vh
+    torch.testing.assert_close(tg.orthogonalize(g, torch.float64), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_without_gptq_lite_no_weight_is_clipped(without: Callable[[str], None]) -> None:
+    without("gptq_lite")
+    w = normal(1, 8, 1024)
+    w[..., 0] = 9.0
+    scales = tg.row_scales(w, torch.tensor(1e-6), torch.tensor(31.0))
+    torch.testing.assert_close(scales, w.abs().amax(-1, keepdim=True) / 31, rtol=2e-5, atol=0)
+
+
+def test_without_int8_layers_all_layers_have_one_grid(without: Callable[[str], None]) -> None:
+    h = tiny()
+    before = tg.export_grids(h)
+    without("int8_layers")
+    grids = tg.export_grids(h)
+    assert grids.keys() == before.keys()
+    for name in ("qo_bank", "kv_bank", "mlp_bank"):
+        assert grids.pop(name) == tg.Grid((31,) * 2 * h.num_layers, (1.0,) * 2 * h.num_layers)
+    assert all(grid == before[name] for name, grid in grids.items())
+
+
+def test_without_shuffling_windows_come_in_order(without: Callable[[str], None]) -> None:
+    without("shuffling")
+    plan = tg.BatchPlan([np.arange(4000, dtype=np.uint16)], 16, 4, 0)
+    tokens = np.concatenate([plan.tokens(step, range(4)) for step in range(3)])
+    first = tokens[0, 0]
+    assert 0 <= first < 16
+    assert tokens.tolist() == [list(range(s, s + 17)) for s in range(first, first + 192, 16)]
+
+
+def test_without_the_plain_mean_old_weights_are_forgotten(without: Callable[[str], None]) -> None:
+    without("plain_mean")
+    values = normal(600).tolist()
+    mean = tg.RunningMean({"w": torch.zeros(1)})
+    for value in values:
+        mean.update({"w": torch.tensor([value])})
+    expected = sum(values[:285]) / 285  # up to there 1 / count is larger than 0.0035
+    for value in values[285:]:
+        expected += 0.0035 * (value - expected)
+    assert float(mean.mean["w"]) == pytest.approx(expected, abs=1e-5)
+
+
+def test_without_any_technique_a_step_is_still_one_graph(without: Callable[[str], None]) -> None:
+    for name in ablate.TECHNIQUES:
+        without(name)
+    h = tiny()
+    losses = []
+    for backend in ("none", "aot_eager"):  # the latter refuses what does not go into a graph
+        runtime = cpu_runtime(compile_backend=backend)
+        trainer = tg.Trainer(h, runtime, tg.Kernels())
+        tokens = batch(h).repeat(trainer.layout.local // 2, 1)
+        losses.append([float(trainer.train_step(tokens, 1.0)) for _ in range(2)])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
 # Runs
@@ -167,7 +340,8 @@ def test_rows_come_in_order_and_a_failure_stops_nothing(small: Path) -> None:
     assert float(longer[6]) == pytest.approx(longer_packed - packed, abs=2e-4)
     assert "failed: export" in failed[3]
     assert smear[:2] == ["| no smear", "OFF=smear"]
-    assert torch.load(small / "out/longer/final_model.partial.pt", weights_only=True)
+    assert torch.load(small / "out/longer/final_model.pt", weights_only=True)
+    assert not list((small / "out").glob("*/*.json")), "a variant is no seed of a submission"
 
 
 def test_sigterm_keeps_the_row_under_way_and_starts_no_other(small: Path) -> None:
@@ -176,7 +350,7 @@ def test_sigterm_keeps_the_row_under_way_and_starts_no_other(small: Path) -> Non
                "never: ITERATIONS=1000000"]  # fmt: skip
     environment = {**os.environ, "TABLE": str(table), "WORKERS": "1"}
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
-        log = small / "out/endless/ablate.log"
+        log = small / "out/endless/train_seed1337.partial.log"
         for _ in range(600):
             if log.exists() and "step:10/" in log.read_text():
                 break
@@ -189,9 +363,3 @@ def test_sigterm_keeps_the_row_under_way_and_starts_no_other(small: Path) -> Non
     assert line.startswith("| endless |") and "failed: interrupted at step" in line
     assert (small / "out/endless/final_model.partial.pt").exists()
     assert not (small / "out/never").exists()
-
-
-def test_a_misspelt_setting_is_refused_before_any_run(tmp_path: Path) -> None:
-    with pytest.raises(ablate.Mistake, match="ITERATIONS"):
-        ablate.main(["base", "x: ITERATION=3"], tmp_path / "TABLE.md")
-    assert not (tmp_path / "TABLE.md").exists()

@@ -10,7 +10,6 @@ from support import REPO, completed, train_gpt, uneven_byte_table
 
 sys.path.insert(0, str(REPO / "bench"))
 import eval_table  # noqa: E402
-
 import prepare_data
 
 TOKENS = np.array([5, 1, 7, 8, 9, 1, 4, 1, 6, 6, 7, 5, 9], dtype=np.uint16)

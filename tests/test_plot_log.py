@@ -32,7 +32,7 @@ def test_the_points_are_those_of_the_log() -> None:
     assert curves.h.iterations == 100 and curves.h.seed == 7
     assert curves.train_loss[0] == (10, 0.7, 4.8) and curves.train_loss[-1] == (100, 7.0, 3.0)
     assert curves.val_bpb == [(50, 3.5, 1.5)]
-    assert curves.qat_step == 86
+    assert curves.first_qat_step == 86
     assert curves.scores == {"trained": 1.2, "sliding": 1.18}
 
 
@@ -50,6 +50,12 @@ def test_the_lr_and_where_averaging_began_follow_the_schedule() -> None:
     assert plot_log.lr_at(curves)[-1] == pytest.approx(0.02)
     assert plot_log.averaging_began(curves) == pytest.approx(0.91 * 7.0)
     assert [ms for _, ms in plot_log.step_times(curves)] == pytest.approx([70.0] * 9)
+
+
+def test_the_settings_of_the_committed_log_are_read() -> None:
+    h, lines = plot_log.read_settings(LOG)
+    assert (h.preset, h.max_wallclock_seconds, h.num_layers) == ("card", 180.0, 11)
+    assert "def " in LOG and "def " not in lines, "the source is no part of the lines"
 
 
 def test_the_committed_log_makes_a_picture(tmp_path: Path) -> None:

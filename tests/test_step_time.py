@@ -1,0 +1,87 @@
+"""Claims about bench/step_time.py and bench/attention.py, as far as a CPU can tell."""
+
+import functools
+import re
+import sys
+from typing import Any
+
+import pytest
+import torch
+from support import REPO, TINY, completed, cpu_runtime, refusal, train_gpt
+
+sys.path.insert(0, str(REPO / "bench"))
+import step_time
+import timing
+
+
+@pytest.mark.parametrize(
+    ("kernel", "group"),
+    [
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop", "attention"),
+        ("linear_relu2_kernel", "products with relu^2"),
+        ("heads_kernel", "heads"),
+        ("nvjet_tst_128x256", "matrix products"),
+        ("triton_red_fused_mean", "elementwise and norms"),
+        ("Memcpy DtoD", "memory"),
+        ("something", "other"),
+    ],
+)
+def test_a_kernel_belongs_to_one_group(kernel: str, group: str) -> None:
+    assert step_time.group_of(kernel) == group
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The measurement on a CPU: nothing is traced, and a graph runs what it was captured from."""
+
+    def capture(function: Any, *held: Any) -> Any:
+        function(*held)
+        return function
+
+    def trace(function: Any) -> dict[str, Any]:
+        function()
+        kernels = {"linear_relu2_kernel": 2.0, "heads_kernel": 1.0}
+        return {"kernels": kernels, "launches": 9, "span": 4.0, "idle": 1.0}
+
+    milliseconds = functools.partial(timing.milliseconds, on_cuda=False, repeats=2, warm=0)
+    monkeypatch.setattr(step_time, "gpu_ms", milliseconds)
+    monkeypatch.setattr(step_time, "kernel_times", trace)
+    monkeypatch.setattr(train_gpt, "capture", capture)
+    monkeypatch.setattr(train_gpt.Runtime, "start", lambda h, env: cpu_runtime())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 2**30)
+    monkeypatch.setenv("PRESET", "smoke")
+    for name, value in TINY.items():
+        monkeypatch.setenv(name.upper(), str(value))
+    return step_time.measure()
+
+
+def test_every_phase_is_measured_and_printed(measured: dict[str, Any]) -> None:
+    for name in ("forward", "forward_backward", "eval_forward", "graph", "step", "step_with_qat"):
+        assert measured[name] > 0
+    table = step_time.table(measured)
+    assert table.startswith(f"a GPU, torch {torch.__version__}, {TINY['train_batch_tokens']} ")
+    phases = re.findall(r"^([a-z][\w ,+]+?) +(-?[\d.]+) ms$", table, re.M)
+    found = {name: float(ms) for name, ms in phases}
+    assert found["step"] == pytest.approx(measured["step"], abs=0.006)
+    optimizer = measured["step"] - measured["graph"]
+    assert found["optimizer"] == pytest.approx(optimizer, abs=0.006)
+    assert found["host gap"] == 1.0
+    assert re.search(r"^products with relu\^2 +2.00 ms +roofline 5.7$", table, re.M)
+
+
+def test_without_a_gpu_step_time_ends_with_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "no GPU" in refusal(step_time.main, [])
+
+
+def test_attention_prints_a_row_for_each_kernel() -> None:
+    settings = dict(PRESET="smoke", TRAIN_SEQ_LEN=64, DEVICE="cpu", OMP_NUM_THREADS=1)
+    done = completed(REPO / "bench/attention.py", 2, **settings)
+    assert done.returncode == 0, done.stderr
+    _, sdpa, flex = done.stdout.splitlines()
+    name, error, forward, _, both, *_ = sdpa.split()
+    assert name == "sdpa" and 0 < float(error) < 2e-2
+    assert 0 < float(forward) < float(both)
+    assert flex.startswith("flex ")
