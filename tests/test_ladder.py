@@ -12,8 +12,9 @@ import pytest
 from support import REPO, train_gpt
 
 sys.path.insert(0, str(REPO / "bench"))
-import ablate
 import ladder
+
+import ablate
 
 NOISE = 0.0004
 FACTS = {"corpus": "larger 254.5M+3.1M", "code": "0123", "hardware": "H100", "sharing": 1}
@@ -58,7 +59,7 @@ def test_every_row_is_one_that_the_program_takes(row: ladder.Row) -> None:
     h = train_gpt.Hyperparameters.from_env(settings)
     assert (h.train_batch_tokens, h.iterations) == row.size
     assert h.max_wallclock_seconds == h.eval_stride == h.val_loss_every == 0
-    assert set(ablate.off(row.variant)) <= ablate.PATCHES.keys()
+    assert set(row.variant.off) <= ablate.TECHNIQUES.keys()
     for key, value in row.overrides.items():
         assert key == "OFF" or ladder.BASE[key] != value, f"{key} changes nothing"
 
