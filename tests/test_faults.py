@@ -146,9 +146,14 @@ def artifact_file(entry: Path) -> Path:
 
 
 def test_the_program_alone_trains_packs_and_scores(artifact_file: Path) -> None:
-    assert {path.name for path in artifact_file.parent.iterdir()} == {
-        "train_gpt.py", "train.log", "train_seed1337.log", "final_model.pt", "final_model.ptz"
+    """It leaves its result, which record.py can merge later, and no submission.json."""
+    folder = artifact_file.parent
+    assert {path.name for path in folder.iterdir()} == {
+        "train_gpt.py", "train.log", "train_seed1337.log", "final_model.pt", "final_model.ptz",
+        "result_seed1337.json",
     }  # fmt: skip
+    result = json.loads((folder / "result_seed1337.json").read_text())
+    assert result["bytes_model"] == artifact_file.stat().st_size
 
 
 @pytest.mark.parametrize("fault", ["truncated", "tampered", "foreign", "missing"])
