@@ -1485,7 +1485,7 @@ def plan_step(
     A time-bound run does not know its length in steps, so what decides is its progress.
     """
     progress = progress_of(h, steps_done, elapsed)
-    total_steps = min(h.iterations, steps_done / progress) if progress else h.iterations
+    total_steps = steps_done / progress if progress else h.iterations
     decay = h.decay_per_run * (progress - progress_before)
     return StepPlan(progress, lr_scale(h, progress, total_steps), decay)
 
@@ -2411,9 +2411,9 @@ class PendingLosses:
 
     AHEAD = 2
 
-    def __init__(self, clock: Clock, report: Callable[[int, float, float], None]):
+    def __init__(self, clock: Clock, report: Callable[[int, float, float, float], None]):
         self.clock = clock
-        self.report = report  # gets step, loss and the clock at its end
+        self.report = report  # gets step, loss, the clock at its end and seconds a step
         self.queue = collections.deque[QueuedStep]()
         self.ends = collections.deque[float](maxlen=17)  # clock at the ends of the latest steps
         self.latest = collections.deque[float](maxlen=5)  # finite losses
@@ -2441,7 +2441,7 @@ class PendingLosses:
             loss = float(step.loss)
             if math.isfinite(loss):
                 self.latest.append(loss)
-                self.report(step.number, loss, self.ends[-1])
+                self.report(step.number, loss, self.ends[-1], self.seconds_per_step())
             elif not self.fault:
                 before = ", ".join(f"{value:.4f}" for value in self.latest)
                 self.fault = f"step {step.number}: the loss is {loss} (before: {before})"
@@ -2468,14 +2468,13 @@ class Progress:
         self.bpb_per_nat = evaluator.targets / evaluator.text_bytes / math.log(2)
         self.previous_end = 0.0  # clock at the end of the step before
 
-    def step(self, step: int, loss: float, end: float) -> None:
-        """Called for every step that has ended."""
-        seconds = end - self.previous_end
+    def step(self, step: int, loss: float, end: float, seconds: float) -> None:
+        """Called for every step that has ended; `seconds` is the mean of the latest ones."""
         another_second = int(end) > int(self.previous_end)
         self.previous_end = end
         if step <= 10 or step % self.h.train_log_every == 0:
             self.report(step, f"train_loss:{loss:.4f}", end)
-        elif self.log.terminal and another_second:
+        elif self.log.terminal and another_second and seconds:
             self.log.progress(self.status(step, loss, end, seconds))
 
     def report(self, step: int, what: str, clock: float) -> None:
@@ -2489,7 +2488,7 @@ class Progress:
         self.report(step, f"val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f}", clock)
 
     def status(self, step: int, loss: float, clock: float, seconds: float) -> str:
-        """`seconds` is the duration of a step."""
+        """`seconds` is the mean duration of a step."""
         h = self.h
         tokens_per_second = h.train_batch_tokens / seconds
         left = clock / progress_of(h, step, clock) - clock

@@ -114,7 +114,7 @@ def test_a_step_never_makes_the_host_wait(late_qat: bool) -> None:
 def test_losses_of_a_device_are_reported_in_order() -> None:
     runtime, reports = cuda_runtime(), list[tuple[int, float]]()
     clock = tg.Clock(runtime)
-    losses = tg.PendingLosses(clock, lambda step, loss, end: reports.append((step, loss)))
+    losses = tg.PendingLosses(clock, lambda step, loss, *_: reports.append((step, loss)))
     clock.start()
     loss = torch.zeros((), device="cuda")  # each step overwrites it, as a captured graph does
     for step in range(1, 11):

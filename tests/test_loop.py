@@ -88,7 +88,7 @@ class Reported:
     def __init__(self, runtime: Runtime) -> None:
         self.clock = Clock(runtime)
         self.steps: list[tuple[int, float, float]] = []
-        self.losses = PendingLosses(self.clock, lambda *step: self.steps.append(step))
+        self.losses = PendingLosses(self.clock, lambda *step: self.steps.append(step[:3]))
         self.clock.start()
 
     @property
