@@ -38,6 +38,7 @@ import json
 import math
 import mmap
 import os
+import re
 import signal
 import struct
 import sys
@@ -130,9 +131,9 @@ def shape(default: T, low: float = 0, high: float = math.inf) -> T:
     return setting(default, low, high, architecture=True)
 
 
-def label(default: T, low: float = 0, choices: tuple[str, ...] = ()) -> T:
+def label(default: T, low: float = 0, high: float = math.inf, choices: tuple[str, ...] = ()) -> T:
     """A setting that may differ between merged seeds."""
-    return setting(default, low, choices=choices, per_run=True)
+    return setting(default, low, high, choices=choices, per_run=True)
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ class Hyperparameters:
     # Run
     preset: str = label("card")  # card | frontier | smoke
     run_id: str = label("card")  # label in the log and in submission.json
-    seed: int = label(1337)  # weights and batch order
+    seed: int = label(1337, high=2**63 - 1)  # weights and batch order
     device: str = label("auto", choices=("auto", "cpu", "cuda"))
     compile_backend: str = label("auto")  # auto: inductor on CUDA, none on a CPU
     data_path: str = label("./data/datasets/fineweb10B_sp1024")  # folder of shards, or `sample`
@@ -338,6 +339,7 @@ RETIRED = {
     "MLP_MULT": "MLP_HIDDEN",
     "TIED_EMBED_LR": "EMBED_LR",
     "HEAD_LR": "EMBED_LR",
+    "TIED_EMBED_INIT_STD": "EMBED_INIT_STD",
     "WEIGHT_DECAY": "DECAY_PER_RUN",
     "MUON_BACKEND_STEPS": "nothing: Polar Express has five",
     "TIE_EMBEDDINGS": "nothing: they are always tied",
@@ -368,9 +370,7 @@ class Runtime:
     @classmethod
     def start(cls, h: Hyperparameters, env: Mapping[str, str]) -> Runtime:
         """Joins torchrun's process group, if there is one, and claims the device."""
-        rank = int(env.get("RANK", 0))
-        local_rank = int(env.get("LOCAL_RANK", 0))
-        world_size = int(env.get("WORLD_SIZE", 1))
+        rank, local_rank, world_size = launch_of(env)
         gpus = torch.cuda.device_count()
         on_cuda = gpus > 0 if h.device == "auto" else h.device == "cuda"
         require(
@@ -389,7 +389,14 @@ class Runtime:
             torch.cuda.set_device(local_rank)
         if world_size > 1:
             collectives = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
-            dist.init_process_group(collectives)
+            try:
+                dist.init_process_group(collectives)
+            except (RuntimeError, ValueError) as error:
+                raise RunError(
+                    f"MASTER_ADDR={env['MASTER_ADDR']}, MASTER_PORT={env['MASTER_PORT']}: the "
+                    f"{world_size} processes do not meet there ({str(error).splitlines()[0]}); "
+                    "start all of them with torchrun, or set a free port"
+                ) from None
         device = f"cuda:{local_rank}" if on_cuda else "cpu"
         return cls(torch.device(device), rank, world_size, backend)
 
@@ -431,6 +438,27 @@ class Runtime:
         if self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor
+
+
+def launch_of(env: Mapping[str, str]) -> tuple[int, int, int]:
+    """(rank, local rank, world size) of torchrun's variables; all of them or none are set.
+
+    Raises RunError for anything else: a process that takes itself for the only one would train and
+    write beside the others.
+    """
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    present = [name for name in names if name in env]
+    if not present:
+        return 0, 0, 1
+    remedy = "start it with torchrun, or unset " + " ".join(present)
+    missing = [name for name in names if not env.get(name)]
+    require(not missing, f"{' '.join(missing)}: missing or empty beside {present[0]}; {remedy}")
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"):
+        require(env[name].isdecimal(), f"{name}={env[name]!r}: expected a whole number; {remedy}")
+    rank, local_rank, world_size = (int(env[name]) for name in names[:3])
+    inside = local_rank <= rank < world_size
+    require(inside, f"RANK={rank}, WORLD_SIZE={world_size}: not a rank of that many; {remedy}")
+    return rank, local_rank, world_size
 
 
 class RunLog:
@@ -496,11 +524,72 @@ def read_shard(path: Path) -> np.ndarray:
     return np.frombuffer(pages, dtype="<u2", offset=SHARD_HEADER_BYTES)
 
 
+def is_shard(name: str, split: str = "(train|val)") -> bool:
+    """Six digits exactly: a second download, or bytes per token beside the tokens, is no shard."""
+    return re.fullmatch(rf"fineweb_{split}_\d{{6}}\.bin", name) is not None
+
+
+def no_shards(data_path: str) -> list[str]:
+    """Names of the files that look like shards and are not read as such."""
+    folder = Path(data_path)
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    alike = [name for name in names if name.startswith("fineweb_") or name.endswith(".bin")]
+    return [name for name in alike if not is_shard(name)]
+
+
 def open_split(data_path: str, split: str) -> list[np.ndarray]:
     """All shards of `split` (train or val), in name order."""
     paths = sorted(Path(data_path).glob(f"fineweb_{split}_*.bin"))
-    require(paths, f"DATA_PATH={data_path}: found no fineweb_{split}_*.bin; {GET_DATA}")
+    paths = [path for path in paths if is_shard(path.name, split)]
+    others = "".join(f" {name!r}" for name in no_shards(data_path)[:3])
+    require(
+        paths,
+        f"DATA_PATH={data_path}: found no fineweb_{split}_NNNNNN.bin"
+        f"{others and f', only{others}, which are no shards'}; {GET_DATA}",
+    )
     return [read_shard(path) for path in paths]
+
+
+def digest_of(shards: list[np.ndarray]) -> str:
+    """SHA-256 of the tokens of a split, in their order.
+
+    Of a shard with more than 2^20 tokens it takes 256 blocks of 4,096, evenly spread: 16 GB of
+    training text would take a minute, and another text differs in every block.
+    """
+    digest = hashlib.sha256()
+    for shard in shards:
+        digest.update(struct.pack("<q", len(shard)))
+        if len(shard) <= 1 << 20:
+            digest.update(shard.tobytes())
+            continue
+        for first in np.linspace(0, len(shard) - 4096, 256).astype(int):
+            digest.update(shard[first : first + 4096].tobytes())
+    return digest.hexdigest()
+
+
+def read_manifest(data_path: str) -> dict[str, Any]:
+    """The manifest.json that prepare_data.py writes beside shards; empty if there is none."""
+    try:
+        manifest = json.loads((Path(data_path) / "manifest.json").read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return manifest if isinstance(manifest, dict) else {}
+
+
+def check_tokenizer(h: Hyperparameters) -> None:
+    """Raises RunError if the manifest of the shards names another tokenizer than TOKENIZER_PATH."""
+    stated = read_manifest(h.data_path).get("tokenizer")
+    model = Path(h.tokenizer_path).read_bytes()
+    found = hashlib.sha256(model).hexdigest()
+    if isinstance(stated, dict):
+        stated = stated.get("sha256")
+    elif isinstance(stated, str):  # manifests before version 2
+        found = hashlib.blake2b(model, digest_size=16).hexdigest()
+    require(
+        stated in (None, found),
+        f"TOKENIZER_PATH={h.tokenizer_path}: its digest is {found}, but manifest.json in "
+        f"DATA_PATH={h.data_path} names {stated}; set the tokenizer of these shards",
+    )
 
 
 def check_vocabulary(tokens: np.ndarray, vocab_size: int, source: str) -> None:
@@ -573,41 +662,187 @@ def prefetch(
             yield pending.popleft().result().to(device, non_blocking=True)
 
 
+# SHA-256 of the official tokenizers: they keep the number of the rule, whatever decoding gives.
+OFFICIAL_TOKENIZERS = {
+    "849ea920119b5135ace5016137e82ab397738fc29d723d5f9a6b74c4e31af191",  # fineweb_1024_bpe.model
+    "d76de35070ed9feb76afe3a7efc3a1a0e91e9aa4978360ecdc7fbc22a9725512",  # fineweb_4096_bpe.model
+    "4e979c92754cc9d7bdebd9dfe5edf3fc0b41b38714b394e4297fa851e3afd516",  # fineweb_8192_bpe.model
+}
+REPLACEMENT = "\ufffd"  # what SentencePiece decodes each byte to that is part of no character
+
+
 class ByteTable(NamedTuple):
-    """UTF-8 bytes that a target token adds to the text, by the challenge's rule (arrays of V)."""
+    """The challenge's rule: UTF-8 bytes that a target token adds to the text (arrays of V).
+
+    A piece counts without its leading mark, and the mark counts 1 unless the previous token is a
+    boundary.  The rule is exact if pieces hold a space only in front and nothing is unknown.
+    """
 
     base: np.ndarray  # int64, without the leading space; a byte-fallback token is 1
     leading_space: np.ndarray  # bool, counted unless the previous token is a boundary
-    boundary: np.ndarray  # bool, control and unknown tokens
+    boundary: np.ndarray  # bool, control, unknown and unused tokens
+    decoder: Any = None  # the SentencePieceProcessor; without it the rule cannot be checked
+    official: bool = False  # one of the challenge's own tokenizers
 
     def count(self, tokens: np.ndarray) -> int:
         """Bytes of tokens[1:], each given its predecessor."""
         counts = np.bincount(tokens[1:], minlength=len(self.base))
         after_boundary = tokens[1:][self.boundary[tokens[:-1]]]
-        uncounted_spaces = self.leading_space[after_boundary].sum()
-        return int(counts @ (self.base + self.leading_space) - uncounted_spaces)
+        uncounted = self.leading_space[after_boundary].sum()
+        return int(counts @ (self.base + self.leading_space) - uncounted)
 
 
 def load_byte_table(tokenizer_path: str, vocab_size: int) -> ByteTable:
-    """From a SentencePiece model.  Raises RunError if missing or of another vocabulary."""
+    """From a SentencePiece model.  RunError if missing, of another vocabulary or another BOS."""
+    path = Path(tokenizer_path)
     try:
-        sp = sentencepiece.SentencePieceProcessor(model_file=str(Path(tokenizer_path)))
+        decoder = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
     except (RuntimeError, OSError):
         raise RunError(
             f"TOKENIZER_PATH={tokenizer_path}: missing or not a SentencePiece model; {GET_DATA}"
         ) from None
     require(
-        sp.vocab_size() == vocab_size,
-        f"TOKENIZER_PATH={tokenizer_path}: expected VOCAB_SIZE={vocab_size} pieces, found "
-        f"{sp.vocab_size()}; set both to the same vocabulary",
+        decoder.vocab_size() == vocab_size,
+        f"TOKENIZER_PATH={tokenizer_path}: expected VOCAB_SIZE={vocab_size} pieces, "
+        f"found {decoder.vocab_size()}; set both to the same vocabulary",
     )
+    require(
+        decoder.bos_id() == BOS_ID,
+        f"TOKENIZER_PATH={tokenizer_path}: expected BOS id {BOS_ID}, found {decoder.bos_id()}; "
+        "documents could not be told apart: train the tokenizer with that id, then encode again",
+    )
+
     ids = list(range(vocab_size))
-    boundary = np.any([sp.is_control(ids), sp.is_unknown(ids), sp.is_unused(ids)], axis=0)
-    pieces = sp.id_to_piece(ids)
-    without_space = [len(piece.removeprefix(SPACE).encode()) for piece in pieces]
-    sizes = np.where(sp.is_byte(ids), 1, without_space)
+    pieces = decoder.id_to_piece(ids)
+    kinds = [decoder.is_control(ids), decoder.is_unknown(ids), decoder.is_unused(ids)]
+    boundary = np.any(kinds, axis=0)
     spaced = np.array([piece.startswith(SPACE) for piece in pieces])
-    return ByteTable(np.where(boundary, 0, sizes), spaced & ~boundary, boundary)
+    sizes = np.array([len(piece.removeprefix(SPACE).encode()) for piece in pieces])
+    sizes[decoder.is_byte(ids)] = 1
+    sizes[boundary] = 0
+    return ByteTable(sizes, spaced & ~boundary, boundary, decoder, digest in OFFICIAL_TOKENIZERS)
+
+
+def occurrences(tokens: np.ndarray, pattern: list[int]) -> int:
+    """How often the ids of `pattern` follow each other in `tokens`."""
+    last = max(0, len(tokens) - len(pattern) + 1)
+    found = np.ones(last, dtype=bool)
+    for offset, token in enumerate(pattern):
+        found &= tokens[offset : offset + last] == token
+    return int(found.sum())
+
+
+def spelling(decoder: Any, character: str) -> list[int]:
+    """Ids of the byte tokens that spell `character`; -1, no token, if the model has none."""
+    ids = [decoder.piece_to_id(f"<0x{byte:02X}>") for byte in character.encode()]
+    return [token if decoder.is_byte(token) else -1 for token in ids]
+
+
+def decoded_bytes(tokens: np.ndarray, table: ByteTable) -> tuple[int, int]:
+    """UTF-8 bytes of the text of tokens[1:], and how many byte tokens spell no character.
+
+    SentencePiece decodes document by document; where that does not give the text back, the count
+    is set right.  Byte tokens that spell U+2581 stand for a space.  The dummy space that encoding
+    adds is no text, but decoding leaves it if byte tokens spell it, or if it stands at the end
+    (treat_whitespace_as_suffix), where a space of the text is dropped from the front instead.  A
+    byte that belongs to no character, as where a text was cut, decodes to the three of U+FFFD: it
+    counts 1, as it did in the text.
+    """
+    decoder = table.decoder
+    dummy = decoder.normalize("a")
+    size = replaced = 0
+    documents = np.split(tokens, np.flatnonzero(tokens == BOS_ID))
+    for start in range(0, len(documents), 512):
+        batch = [document.tolist() for document in documents[start : start + 512]]
+        for text in decoder.decode(batch):
+            size += len(text.encode()) - 2 * text.count(SPACE)
+            replaced += text.count(REPLACEMENT)
+            if dummy.endswith(SPACE) and text.endswith((" ", SPACE)):
+                size -= 1
+
+    if dummy.startswith(SPACE):
+        size -= occurrences(tokens, [BOS_ID, *spelling(decoder, SPACE)])
+    if dummy.endswith(SPACE):
+        size += int(table.leading_space[tokens[1:][tokens[:-1] == BOS_ID]].sum())
+    if replaced:  # less those that are characters of the text, spelled in bytes or within pieces
+        replaced -= occurrences(tokens, spelling(decoder, REPLACEMENT))
+        for token, times in enumerate(np.bincount(tokens).tolist()):
+            if times and not decoder.is_byte(token):
+                replaced -= times * decoder.decode([token]).count(REPLACEMENT)
+
+    first = int(tokens[0])  # no target
+    first_size = 1 if decoder.is_byte(first) else len(decoder.decode([first]).encode())
+    return size - 2 * replaced - first_size, replaced
+
+
+def explain_difference(tokens: np.ndarray, table: ByteTable, difference: int) -> str:
+    """The decoded bytes minus the rule's, split by cause."""
+    decoder = table.decoder
+    ids = list(range(len(table.base)))
+    counts = np.bincount(tokens[1:], minlength=len(ids))
+
+    left_out = np.flatnonzero(table.boundary & ~np.array(decoder.is_control(ids))).tolist()
+    shown = sum(int(counts[i]) * len(decoder.decode([i]).encode()) for i in left_out)
+    marks = np.array([piece[1:].count(SPACE) for piece in decoder.id_to_piece(ids)])
+    marks[table.boundary] = 0
+    parts = {
+        "unknown tokens, of no bytes by the rule": shown,
+        "spaces within or behind pieces, of 3 bytes by the rule": -2 * int(counts @ marks),
+        "spaces in 3 byte tokens": -2 * occurrences(tokens, spelling(decoder, SPACE)),
+    }
+    rest = difference - sum(parts.values())
+    parts["the dummy space of each document and spaces beside control or unknown tokens"] = rest
+    return ", ".join(f"{size:+,} for {cause}" for cause, size in parts.items() if size)
+
+
+def text_bytes(tokens: np.ndarray, table: ByteTable) -> tuple[int, str | None]:
+    """UTF-8 bytes of the text of tokens[1:], and a line for the log where they need a word.
+
+    They are those that decoding gives, whatever the tokenizer; but for the official tokenizers
+    those of the rule, by which the challenge compares.  Takes about 10 s for 62M tokens.
+    """
+    by_rule = table.count(tokens)
+    if table.decoder is None:
+        return by_rule, None
+
+    decoded, stray = decoded_bytes(tokens, table)
+    notes = []
+    if decoded != by_rule:
+        reasons = explain_difference(tokens, table, decoded - by_rule)
+        used = "the rule, as the tokenizer is official" if table.official else "the decoded text"
+        notes.append(
+            f"the tokens decode to {decoded:,} bytes, the challenge's rule counts {by_rule:,} "
+            f"({reasons}); val_bytes and val_bpb are by {used}"
+        )
+    if stray:
+        notes.append(
+            f"{stray:,} byte tokens spell no character and count 1 each: "
+            "a document was cut, or the tokenizer is another one's"
+        )
+    used_bytes = by_rule if table.official else decoded
+    return used_bytes, "; ".join(notes) or None
+
+
+def foreign_tokenizer(tokens: np.ndarray, table: ByteTable) -> str | None:
+    """A line for the log if the shards seem to be of another tokenizer, else None.
+
+    Encoding what a document decodes to gives its tokens again.  With another tokenizer of the same
+    size, tokens decode to fragments that it would never encode so.
+    """
+    if table.decoder is None:
+        return None
+    sample = tokens[: 1 << 17]
+    documents = np.split(sample, np.flatnonzero(sample == BOS_ID))[1:]
+    whole = documents[:-1] or documents  # the last one may be cut
+    known = [document[1:].tolist() for document in whole if not table.boundary[document[1:]].any()]
+    same = sum(table.decoder.encode(table.decoder.decode(ids)) == ids for ids in known)
+    if same >= len(known) / 2:
+        return None
+    return (
+        f"only {same} of {len(known)} validation documents give their tokens again when their text "
+        "is encoded with TOKENIZER_PATH; if the shards are of another tokenizer, val_bpb is wrong"
+    )
 
 
 # ---- 5. Model -----------------------------------------------------------------------------------
@@ -2086,7 +2321,9 @@ class Evaluator:
         self.runtime = runtime
         self.targets = len(tokens) - 1
         require(self.targets > 0, "validation split: expected at least 2 tokens; build it again")
-        self.text_bytes = table.count(tokens)
+        self.text_bytes, bytes_note = text_bytes(tokens, table)
+        self.notes = [note for note in (bytes_note, foreign_tokenizer(tokens, table)) if note]
+        self.val_digest = hashlib.sha256(tokens.astype("<u2").tobytes()).hexdigest()
         self.dataset = dataset_label(h, self.text_bytes)
         self.tokens = torch.from_numpy(tokens.astype(np.int32)).to(runtime.device)
         batch_tokens = min(h.val_batch_size // runtime.world_size, h.micro_batch_tokens)
@@ -2102,7 +2339,11 @@ class Evaluator:
         """Of the validation split and the tokenizer that `h` names, both checked."""
         tokens = np.concatenate(open_split(h.data_path, "val"))
         check_vocabulary(tokens, h.vocab_size, f"{h.data_path}/fineweb_val_*.bin")
-        return cls(h, runtime, tokens, load_byte_table(h.tokenizer_path, h.vocab_size))
+        table = load_byte_table(h.tokenizer_path, h.vocab_size)
+        check_tokenizer(h)
+        evaluator = cls(h, runtime, tokens, table)
+        require(evaluator.text_bytes, f"{h.data_path}/fineweb_val_*.bin: no text; build it again")
+        return evaluator
 
     @torch.no_grad()
     def score(self, model: GPT, stride: int = 0, log: RunLog | None = None) -> Score:
@@ -2182,7 +2423,7 @@ def dataset_label(h: Hyperparameters, text_bytes: int) -> str:
 
     That size is the same for all vocabularies but for a few kB of what a tokenizer does not know.
     """
-    if "sample" in Path(h.data_path).name:
+    if Path(h.data_path).name == f"sample_sp{h.vocab_size}":  # as prepare_data.py calls it
         return "sample"
     if abs(text_bytes / FINEWEB_VAL_BYTES - 1) < 1e-3:
         return f"fineweb10B_sp{h.vocab_size}"
@@ -2711,10 +2952,13 @@ def open_session(h: Hyperparameters, runtime: Runtime) -> Session:
     """Opens and checks all that the run reads; only then its log, so that a run which cannot start
     leaves the last one's files alone."""
     batch_layout(h, runtime.world_size)  # refuses what does not divide
-    require(
-        not h.eval_dump or runtime.rank or Path(h.eval_dump).absolute().parent.is_dir(),
-        f"EVAL_DUMP={h.eval_dump}: expected a file in a folder that exists; make it",
-    )
+    if h.eval_dump and runtime.rank == 0:
+        dump = Path(h.eval_dump).absolute()
+        require(
+            dump.parent.is_dir() and not dump.is_dir(),
+            f"EVAL_DUMP={h.eval_dump}: expected a file in a folder that exists; make the folder, "
+            "or name a file in it",
+        )
     evaluator = Evaluator.open(h, runtime)
     files = RunFiles(h)
     settings = json.dumps(asdict(h), indent=1)
@@ -2727,6 +2971,10 @@ def open_session(h: Hyperparameters, runtime: Runtime) -> Session:
         f"val_bytes:{evaluator.text_bytes} model_params:{h.parameters()} "
         f"world_size:{runtime.world_size} seed:{h.seed}"
     )
+    for name in no_shards(h.data_path):
+        log(f"note: {h.data_path}/{name} is not read: its name is not that of a shard")
+    for note in evaluator.notes:
+        log(f"note: {note}")
     kernels = choose_kernels(h, runtime, log)
     return Session(h, runtime, files, log, evaluator, environment, kernels)
 
