@@ -38,6 +38,7 @@ import json
 import math
 import mmap
 import os
+import platform
 import re
 import signal
 import struct
@@ -49,11 +50,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+# Tested before what these lack is imported.
+if sys.platform == "win32":
+    sys.exit("error: this is Windows, expected Linux or macOS; use WSL or a rented machine")
+
 import torch
 
-# Tested before anything else is imported: an older torch lacks some of it.
 if torch.__version__ < (2, 11):  # type: ignore[operator]
-    sys.exit(f"error: torch is {torch.__version__}, expected 2.11 to 2.13: see requirements.txt")
+    sys.exit(f"error: torch is {torch.__version__}, expected 2.11 to 2.14: see requirements.txt")
+
+import fcntl
 
 import numpy as np
 import sentencepiece
@@ -96,6 +102,10 @@ class RunError(Exception):
     """
 
 
+def code_digest() -> str:
+    return hashlib.sha256(SOURCE.read_bytes()).hexdigest()
+
+
 def require(holds: object, message: str) -> None:
     if not holds:
         raise RunError(message)
@@ -114,6 +124,7 @@ def setting(
     choices: tuple[str, ...] = (),
     architecture: bool = False,
     per_run: bool = False,
+    trains: bool = True,
 ) -> T:
     """A field of `Hyperparameters` with all that the program must know of it.
 
@@ -121,9 +132,11 @@ def setting(
     choices: the strings that are allowed; none named allows all.
     architecture: the packed weights mean something else without it, so the artifact stores it.
     per_run: it changes no score, so results that differ in it alone are merged as seeds.
+    trains: other weights come of another value, so RESUME_FROM keeps the one of the training.
     """
-    facts = dict(low=low, high=high, choices=choices, architecture=architecture, per_run=per_run)
-    return dataclasses.field(default=default, metadata=facts)
+    facts = dict(low=low, high=high, choices=choices)
+    roles = dict(architecture=architecture, per_run=per_run, trains=trains)
+    return dataclasses.field(default=default, metadata=facts | roles)
 
 
 def shape(default: T, low: float = 0, high: float = math.inf) -> T:
@@ -132,8 +145,13 @@ def shape(default: T, low: float = 0, high: float = math.inf) -> T:
 
 
 def label(default: T, low: float = 0, high: float = math.inf, choices: tuple[str, ...] = ()) -> T:
-    """A setting that may differ between merged seeds."""
-    return setting(default, low, high, choices=choices, per_run=True)
+    """A setting that changes no number: it names, places or reports a run."""
+    return setting(default, low, high, choices=choices, per_run=True, trains=False)
+
+
+def scoring(default: T, low: float = 0, high: float = math.inf) -> T:
+    """A setting of what comes after training: packing and evaluation."""
+    return setting(default, low, high, trains=False)
 
 
 @dataclass(frozen=True)
@@ -141,9 +159,9 @@ class Hyperparameters:
     """All numbers of a run.  The defaults are the `card` preset, the submitted configuration."""
 
     # Run
-    preset: str = label("card")  # card | frontier | smoke
+    preset: str = setting("card", per_run=True)  # card | frontier | smoke
     run_id: str = label("card")  # label in the log and in submission.json
-    seed: int = label(1337, high=2**63 - 1)  # weights and batch order
+    seed: int = setting(1337, high=2**63 - 1, per_run=True)  # weights and batch order
     device: str = label("auto", choices=("auto", "cpu", "cuda"))
     compile_backend: str = label("auto")  # auto: inductor on CUDA, none on a CPU
     data_path: str = label("./data/datasets/fineweb10B_sp1024")  # folder of shards, or `sample`
@@ -198,24 +216,24 @@ class Hyperparameters:
     max_wallclock_seconds: float = setting(600.0)  # training clock; 0: no cap
     train_batch_tokens: int = setting(786_432, low=1)  # per step, over all ranks
     train_seq_len: int = shape(2048, low=1)  # tokens of context, in training and evaluation
-    micro_batch_tokens: int = setting(98_304)  # most tokens that one rank runs at once
+    micro_batch_tokens: int = scoring(98_304)  # most tokens that one rank runs at once
     lr_warmup_steps: int = setting(30)  # from 0; without, the tied table jumps at first
     warmdown_fraction: float = setting(0.85, 1e-12, 1)  # of the run: lr falls linearly to 0
     warmdown_iters: int = setting(0)  # the same in steps; 0: use the fraction
     swa_threshold: float = setting(0.2)  # average the masters while the lr scale is below
     qat_threshold: float = setting(0.15)  # round the working weights while it is below
-    warmup_steps: int = setting(2, low=1)  # untimed, random tokens, for each graph; then undone
+    warmup_steps: int = scoring(2, low=1)  # untimed, random tokens, for each graph; then undone
 
     # Export, evaluation and log
-    artifact_bytes: int = setting(16_000_000)  # code plus packed weights stay below
+    artifact_bytes: int = scoring(16_000_000)  # code plus packed weights stay below
     # Quantisation step of the first and last layer, relative to the other layers.
-    int8_step_ratio: float = setting(0.7)
+    int8_step_ratio: float = scoring(0.7)
     # The same of the tied table; 0: each row gets the step that its own maximum needs.
-    tok_emb_step_ratio: float = setting(0.0)
-    ve_emb_step_ratio: float = setting(0.0)  # of the value embedding
-    zstd_level: int = setting(22, low=1, high=22)  # the highest; packing takes seconds
-    eval_stride: int = setting(64)  # new tokens scored per sliding window; 0: plain only
-    val_batch_size: int = setting(524_288, low=1)  # tokens per evaluation batch, over all ranks
+    tok_emb_step_ratio: float = scoring(0.0)
+    ve_emb_step_ratio: float = scoring(0.0)  # of the value embedding
+    zstd_level: int = scoring(22, low=1, high=22)  # the highest; packing takes seconds
+    eval_stride: int = scoring(64)  # new tokens scored per sliding window; 0: plain only
+    val_batch_size: int = scoring(524_288, low=1)  # tokens per evaluation batch, over all ranks
     eval_dump: str = label("")  # path: per-token losses of the last evaluation (NumPy .npz)
     val_loss_every: int = label(1000)  # steps; 0: only at the end
     train_log_every: int = label(200, low=1)  # steps
@@ -346,6 +364,43 @@ RETIRED = {
 }
 
 
+# Settings of how and where a process runs; RESUME_FROM takes all others from its checkpoint.
+OF_THIS_PROCESS = (
+    "device",
+    "compile_backend",
+    "output_dir",
+    "eval_only",
+    "resume_from",
+    "on_interrupt",
+    "eval_dump",
+)
+
+
+def settings_of_weights(
+    h: Hyperparameters, saved: Mapping[str, Any], env: Mapping[str, str]
+) -> Hyperparameters:
+    """`h` with the settings that a checkpoint was trained with.
+
+    A variable in `env` wins where it changes only what comes after training.  Raises RunError for
+    one that would have trained other weights.
+    """
+    values = {}
+    for field in dataclasses.fields(h):
+        name = field.name
+        if name in OF_THIS_PROCESS or name not in saved:
+            continue
+        if name.upper() not in env:
+            values[name] = saved[name]
+            continue
+        value = getattr(h, name)
+        require(
+            value == saved[name] or not field.metadata["trains"],
+            f"{name.upper()}={value!r}: RESUME_FROM={h.resume_from} was trained with "
+            f"{saved[name]!r}; unset it or set {name.upper()}={saved[name]}",
+        )
+    return dataclasses.replace(h, **values)
+
+
 def parse_override(name: str, text: str, kind: str) -> int | float | str:
     """`text` as int, float or str.  Raises RunError with the variable, the value and the fix."""
     if kind == "str":
@@ -433,6 +488,13 @@ class Runtime:
             dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's `value`, on every rank."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
     def sum(self, tensor: Tensor) -> Tensor:
         """`tensor` itself, summed over ranks in place."""
         if self.world_size > 1:
@@ -470,6 +532,7 @@ class RunLog:
         self.path = path
         self.terminal = path is not None and sys.stdout.isatty()
         self.tenth = -1  # of the work that `progress` last reported
+        self.unwritten = b""  # what a full disk has not taken yet
         if path:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(head)
@@ -477,17 +540,33 @@ class RunLog:
     def __call__(self, line: str) -> None:
         if not self.path:
             return
-        with self.path.open("a") as file:
-            file.write(line + "\n")
+        self.unwritten += line.encode() + b"\n"
+        with contextlib.suppress(OSError):  # no reason to lose what is trained: the next line
+            self.flush()  # tries again, and `RunFiles.finish` tells
         if self.terminal:  # what progress left there goes
             line = self.CLEAR_LINE + line
-        print(line, flush=True)
+        self.show(line + "\n")
+
+    def flush(self) -> None:
+        """Writes all lines to the file.  Raises OSError if it takes no more."""
+        if self.path and self.unwritten:
+            with self.path.open("ab", buffering=0) as file:
+                while self.unwritten:
+                    self.unwritten = self.unwritten[file.write(self.unwritten) :]
+
+    def show(self, text: str) -> None:
+        """On standard output, as long as somebody reads it: a run goes on after `| head`."""
+        try:
+            print(text, end="", flush=True)
+        except OSError:
+            self.terminal = False
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
     def progress(self, line: str, share: float = 0.0) -> None:
         """On a terminal a line that the next one overwrites, elsewhere one for each tenth."""
         tenth = int(10 * share)
         if self.terminal:
-            print(self.CLEAR_LINE + line, end="\r", flush=True)
+            self.show(self.CLEAR_LINE + line + "\r")
         elif tenth != self.tenth:
             self(line)
         self.tenth = tenth
@@ -592,13 +671,20 @@ def check_tokenizer(h: Hyperparameters) -> None:
     )
 
 
-def check_vocabulary(tokens: np.ndarray, vocab_size: int, source: str) -> None:
+def vocabulary_fault(tokens: np.ndarray, vocab_size: int, source: str) -> str:
+    """Why `tokens` cannot be of the vocabulary; empty if they can."""
     highest = int(tokens.max(initial=0))
-    require(
-        highest < vocab_size,
+    if highest < vocab_size:
+        return ""
+    return (
         f"{source}: token id {highest} found, expected less than VOCAB_SIZE={vocab_size}; "
-        "use the shards of this vocabulary",
+        "use the shards of this vocabulary"
     )
+
+
+def check_vocabulary(tokens: np.ndarray, vocab_size: int, source: str) -> None:
+    fault = vocabulary_fault(tokens, vocab_size, source)
+    require(not fault, fault)
 
 
 class BatchPlan:
@@ -621,6 +707,7 @@ class BatchPlan:
             f"training shards: expected at least one of {2 * seq_len} tokens, found "
             f"{max(map(len, shards))}; lower TRAIN_SEQ_LEN or add text",
         )
+        self.digest = digest_of(shards)
         self.current_epoch = functools.lru_cache(maxsize=1)(self.epoch)
 
     def epoch(self, number: int) -> tuple[int, np.ndarray]:
@@ -645,21 +732,32 @@ class BatchPlan:
         return np.stack(windows, dtype=np.int64)
 
 
+class Batch(NamedTuple):
+    """One rank's part of a batch."""
+
+    tokens: Tensor  # (rows, T+1) int64
+    fault: str  # why it cannot be trained on, and then `tokens` are zeros; empty if it can
+
+
 def prefetch(
     plan: BatchPlan, rows: range, vocab_size: int, device: torch.device, depth: int = 4
-) -> Generator[Tensor]:
+) -> Generator[Batch]:
     """This rank's rows of batches 0, 1, 2 ... on `device`, read `depth` ahead by one thread."""
 
-    def read(step: int) -> Tensor:
-        batch = torch.from_numpy(plan.tokens(step, rows))
-        check_vocabulary(batch.numpy(), vocab_size, f"training batch {step}")
-        return batch.pin_memory() if device.type == "cuda" else batch
+    def read(step: int) -> Batch:
+        tokens = plan.tokens(step, rows)
+        fault = vocabulary_fault(tokens, vocab_size, f"training batch {step}")
+        if fault:
+            tokens = np.zeros_like(tokens)
+        batch = torch.from_numpy(tokens)
+        return Batch(batch.pin_memory() if device.type == "cuda" else batch, fault)
 
     with ThreadPoolExecutor(1) as reader:
         pending = collections.deque(reader.submit(read, step) for step in range(depth))
         for step in itertools.count(depth):
             pending.append(reader.submit(read, step))
-            yield pending.popleft().result().to(device, non_blocking=True)
+            batch = pending.popleft().result()
+            yield batch._replace(tokens=batch.tokens.to(device, non_blocking=True))
 
 
 # SHA-256 of the official tokenizers: they keep the number of the rule, whatever decoding gives.
@@ -1533,7 +1631,7 @@ def announce_operators() -> None:
 
 
 def choose_kernels(h: Hyperparameters, runtime: Runtime, log: RunLog) -> Kernels:
-    """The first attention that agrees with float32 math, and the fused layers on Hopper.
+    """The first attention and, if they run, the fused layers that agree with float32 math.
 
     Nothing is chosen by timing, so that results repeat bit for bit.
     """
@@ -1541,7 +1639,7 @@ def choose_kernels(h: Hyperparameters, runtime: Runtime, log: RunLog) -> Kernels
         log("attention:sdpa, plain layers (the only ones on a CPU)")
         return Kernels()
     name, attend, error = first_correct_attention(h, runtime.device, log)
-    fused = fused_layers_run(h)
+    fused = fused_layers_run(h, runtime.device, log)
     layers = "fused" if fused else "plain"
     log(f"attention:{name} relative_error:{error:.1e}, {layers} layers")
     if not fused:
@@ -1549,13 +1647,68 @@ def choose_kernels(h: Hyperparameters, runtime: Runtime, log: RunLog) -> Kernels
     return Kernels(attend, FusedHeads.apply, FusedMLP.apply)
 
 
-def fused_layers_run(h: Hyperparameters) -> bool:
-    """On Hopper, with sizes that tensor descriptors and the kernel for heads can take."""
-    aligned = h.mlp_hidden % 8 == 0 and h.model_dim % 8 == 0
-    whole_programs = h.train_seq_len % HEAD_ROWS == 0
-    power_of_two = h.head_dim & (h.head_dim - 1) == 0
-    hopper = torch.cuda.get_device_capability() >= (9, 0)
-    return hopper and aligned and whole_programs and power_of_two
+def fused_layers_run(h: Hyperparameters, device: torch.device, log: RunLog) -> bool:
+    """The fused layers are right here: they are tried, as GPUs differ in what their kernels need.
+
+    They are made for Hopper.  Later GPUs have some of its instructions and less shared memory.
+    """
+    if torch.cuda.get_device_capability(device) < (9, 0):
+        return False
+    try:
+        require(triton, "Triton is not installed")
+        sizes = h.mlp_hidden % 8 == 0 and h.model_dim % 8 == 0 and h.train_seq_len % HEAD_ROWS == 0
+        require(sizes, "a width or TRAIN_SEQ_LEN is no multiple of what a tile needs")
+        require(h.head_dim & (h.head_dim - 1) == 0, f"a head of {h.head_dim} dims is no power of 2")
+        error = fused_error(h, device)
+        require(error < 3e-2, f"relative error {error:.1e}")
+    except Exception as problem:  # what this GPU, driver or version does not run
+        log(f"fused layers refused ({type(problem).__name__}: {str(problem)[:120]})")
+        return False
+    return True
+
+
+def fused_error(h: Hyperparameters, device: torch.device) -> float:
+    """Largest relative error of the fused layers' outputs and gradients on one random sequence."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def random(*shape: int, scale: float = 1.0) -> Tensor:
+        return scale * torch.randn(shape, generator=generator, device=device)
+
+    dim = h.model_dim
+    x = random(1, h.train_seq_len, dim)
+    qkv = random(dim + 2 * h.kv_dim, dim, scale=dim**-0.5)
+    gain = 1 + 0.1 * random(h.num_heads)
+    up, down = (random(h.mlp_hidden, dim, scale=dim**-0.5) for _ in range(2))
+    rotary = rotary_table(h.train_seq_len, h.rope_dims, h.rope_base, device)
+
+    def heads(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda x, qkv, gain: torch.cat(function(x, qkv, gain, rotary), 2)
+
+    def mlp(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda x, up, down: function(x, up, down, 0.5, h.mlp_slope)
+
+    return max(
+        twin_error(heads(FusedHeads.apply), heads(project_heads), [x, qkv, gain]),
+        twin_error(mlp(FusedMLP.apply), mlp(relu2_mlp), [x, up, down]),
+    )
+
+
+def twin_error(fast: Callable[..., Any], plain: Callable[..., Any], inputs: list[Tensor]) -> float:
+    """Largest relative error, in bfloat16, of output and gradients against `plain` in float32."""
+
+    def results(function: Callable[..., Any], dtype: torch.dtype) -> list[Tensor]:
+        # Both get the values that bfloat16 holds.
+        leaves = [tensor.bfloat16().to(dtype).requires_grad_() for tensor in inputs]
+        y = function(*leaves)
+        dy = torch.randn(
+            y.shape, generator=torch.Generator(y.device).manual_seed(1), device=y.device
+        )
+        return [y.detach(), *torch.autograd.grad(y, leaves, dy.bfloat16().to(dtype))]
+
+    found = results(fast, torch.bfloat16)
+    exact = results(plain, torch.float32)
+    errors = [(a.float() - b).norm() / b.norm() for a, b in zip(found, exact, strict=True)]
+    return max(float(error) for error in errors)
 
 
 def first_correct_attention(
@@ -1578,20 +1731,10 @@ def attention_error(h: Hyperparameters, attend: Attend, device: torch.device) ->
 
     def random(heads: int) -> Tensor:
         shape = (2, h.train_seq_len, heads, h.head_dim)
-        return torch.randn(shape, generator=generator, device=device).bfloat16()
+        return torch.randn(shape, generator=generator, device=device)
 
     inputs = [random(heads) for heads in (h.num_heads, h.num_kv_heads, h.num_kv_heads)]
-    dy = random(h.num_heads)
-
-    def results(function: Attend, dtype: torch.dtype) -> list[Tensor]:
-        q, k, v = (tensor.to(dtype).requires_grad_() for tensor in inputs)
-        y = function(q, k, v)
-        return [y.detach(), *torch.autograd.grad(y, (q, k, v), dy.to(dtype))]
-
-    found = results(attend, torch.bfloat16)
-    exact = results(sdpa(SDPBackend.MATH), torch.float32)
-    errors = [(a.float() - b).norm() / b.norm() for a, b in zip(found, exact, strict=True)]
-    return max(float(error) for error in errors)
+    return twin_error(attend, sdpa(SDPBackend.MATH), inputs)
 
 
 # ---- 7. Quantizer -------------------------------------------------------------------------------
@@ -2514,14 +2657,22 @@ class Trainer:
         self.qat_steps = 0
         self.graphs_warmed_up = 0  # compiled by the end of the warm-up
 
-    def train_step(self, tokens: Tensor, lr: float, decay: float = 0.0) -> Tensor:
-        """One optimizer step on this rank's (local, T+1) tokens; the global mean loss, 0-d."""
+    def train_step(
+        self, tokens: Tensor, lr: float, decay: float = 0.0, spoiled: bool = False
+    ) -> Tensor:
+        """One optimizer step on this rank's (local, T+1) tokens; the global mean loss, 0-d.
+
+        `spoiled`: these are no tokens to train on.  The loss is nan then on all ranks, which so
+        learn of it together, and no weight moves.
+        """
         sums: list[Tensor] = []
         for micro_batch in tokens.chunk(self.layout.micro):
             new = self.gradients(micro_batch)
             if self.layout.micro > 1:  # micro-batches add up in float32
                 new = [tensor.to(torch.float32, copy=True) for tensor in new]
             sums = list(torch._foreach_add(sums, new)) if sums else new
+        if spoiled:
+            torch._foreach_mul_(sums, math.nan)
         self.optimizer.lr.fill_(lr)
         self.optimizer.decay.fill_(decay)
         self.qat_steps += self.optimizer.late_qat.on
@@ -2679,7 +2830,10 @@ class PendingLosses:
                 self.report(step.number, loss, self.ends[-1])
             elif not self.fault:
                 before = ", ".join(f"{value:.4f}" for value in self.latest)
-                self.fault = f"step {step.number}: the loss is {loss} (before: {before})"
+                self.fault = (
+                    f"step {step.number}: the loss is {loss} (before: {before}); "
+                    "lower MATRIX_LR, EMBED_LR or SCALAR_LR"
+                )
 
     def seconds_per_step(self) -> float:
         """Mean over the latest steps; 0 before two have ended."""
@@ -2741,13 +2895,21 @@ class Progress:
         )
 
 
+def ending_signals() -> list[signal.Signals]:
+    """Ctrl-C, `kill`, and the end of the terminal unless nohup has it ignored."""
+    signals = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signals.append(signal.SIGHUP)
+    return signals
+
+
 @contextlib.contextmanager
 def received_signals() -> Iterator[list[int]]:
-    """SIGINT and SIGTERM end up in the list instead of ending the process."""
+    """Signals that would end the process end up in the list instead."""
     received: list[int] = []
     handlers = {
         number: signal.signal(number, lambda number, _: received.append(number))
-        for number in (signal.SIGINT, signal.SIGTERM)
+        for number in ending_signals()
     }
     try:
         yield received
@@ -2768,6 +2930,8 @@ class TrainingFacts:
     swa_steps: int
     train_shards: int
     train_tokens: int
+    train_digest: str  # of the training split
+    code_sha256: str  # of the program that trained
     final_train_loss: float | None
     interrupted: bool
     graphs_compiled_on_clock: int
@@ -2799,6 +2963,7 @@ def train(
     step = 0
     progress = 0.0
     interrupted = False
+    data_fault = ""
 
     with received_signals() as signals:
         runtime.agree_on(None)  # all ranks are ready
@@ -2813,18 +2978,18 @@ def train(
                 break
 
             if h.val_loss_every and step and step % h.val_loss_every == 0:
-                losses.land()
-                clock.stop()
-                lines.validation(step, evaluator.score(trainer.model), clock.total)
-                clock.start()
+                validate(step, evaluator, trainer.model, losses, lines)
 
+            batch = next(loader)
             now = plan_step(h, step, elapsed, progress)
             progress = now.progress
             step += 1
             if now.lr < h.qat_threshold and not optimizer.late_qat.on:
                 grid_step = optimizer.start_late_qat(trainer.weight_bytes())
                 log(f"late_qat:on step:{step} lr_scale:{now.lr:.4f} grid_step:{grid_step:.6g}")
-            loss = trainer.train_step(next(loader), now.lr * lr_warmup(h, step), now.decay)
+            lr = now.lr * lr_warmup(h, step)
+            loss = trainer.train_step(batch.tokens, lr, now.decay, spoiled=bool(batch.fault))
+            data_fault = data_fault or batch.fault
             if now.lr < h.swa_threshold:
                 trainer.average.update(optimizer.masters())
             losses.push(step, loss)
@@ -2832,9 +2997,21 @@ def train(
         clock.stop()
 
     loader.close()
+    data_faults = [fault for fault in runtime.gather(data_fault) if fault]
+    losses.fault = data_faults[0] if data_faults else losses.fault
     facts = training_facts(trainer, plan, clock, losses, step, interrupted)
     log(f"training {facts}")
     return trainer.stages(), facts
+
+
+def validate(
+    step: int, evaluator: Evaluator, model: GPT, losses: PendingLosses, lines: Progress
+) -> None:
+    """The training clock stands still for it."""
+    losses.land()
+    losses.clock.stop()
+    lines.validation(step, evaluator.score(model), losses.clock.total)
+    losses.clock.start()
 
 
 def training_facts(
@@ -2854,6 +3031,8 @@ def training_facts(
         swa_steps=trainer.average.count,
         train_shards=len(plan.shards),
         train_tokens=sum(map(len, plan.shards)),
+        train_digest=plan.digest,
+        code_sha256=code_digest(),
         final_train_loss=losses.latest[-1] if losses.latest else None,
         interrupted=interrupted,
         graphs_compiled_on_clock=graphs_compiled() - trainer.graphs_warmed_up,
@@ -2897,8 +3076,34 @@ class RunFiles:
         path = self.folder / name
         return path.with_suffix(self.PARTIAL + path.suffix)
 
-    def finish(self) -> None:
-        """Gives the files that this run wrote their names."""
+    @contextlib.contextmanager
+    def locked(self, runtime: Runtime) -> Iterator[None]:
+        """Keeps every other run out of the folder.  Raises RunError if another one is in it.
+
+        The system drops the lock with the process, however that ends; the file itself says nothing.
+        """
+        if runtime.rank:
+            yield
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / "run.lock").open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                raise RunError(
+                    f"OUTPUT_DIR={self.folder}: in use by {file.read() or 'another run'}; "
+                    "set another OUTPUT_DIR, or start all ranks by one torchrun"
+                ) from None
+            file.truncate(0)
+            began = time.strftime("%Y-%m-%d %H:%M:%S")
+            file.write(f"process {os.getpid()} on {platform.node()} since {began}")
+            file.flush()
+            yield
+
+    def finish(self, log: RunLog) -> None:
+        """Gives the files that this run wrote their names.  Raises OSError if the disk is full."""
+        log.flush()
         written = [self.log]
         if not self.h.eval_only:
             written.append(self.artifact)
@@ -2930,25 +3135,41 @@ class RunResult(NamedTuple):
     bytes_model: int
 
 
-def run(h: Hyperparameters, runtime: Runtime) -> RunResult:
+def run(h: Hyperparameters, runtime: Runtime, checkpoint: Checkpoint | None = None) -> RunResult:
     """The stages: train or load, pack, score what is on disk, report."""
-    session = open_session(h, runtime)
-    scores: dict[str, Score] = {}
-    facts = None
-    if not h.eval_only:
-        stages, facts = train_or_load(session)
-        for stage, state in stages.items():
-            model = load_model(h, runtime, state, session.kernels)
-            scores[stage] = score(session, model, f"stage:{stage}")
-        pack_stage(session, stages["averaged"])
-    bytes_model = score_from_disk(session, scores)
-    result = RunResult(scores, facts, SOURCE.stat().st_size, bytes_model)
-    if runtime.rank == 0:
-        report(session, result)
-    return result
+    files = RunFiles(h)
+    with files.locked(runtime):
+        session = open_session(h, runtime, files)
+        scores: dict[str, Score] = {}
+        facts = None
+        if not h.eval_only:
+            stages, facts = checkpoint or train_and_save(session)
+            with resumable(session):
+                for stage, state in stages.items():
+                    model = load_model(h, runtime, state, session.kernels)
+                    scores[stage] = score(session, model, f"stage:{stage}")
+                pack_stage(session, stages["averaged"])
+        with resumable(session):
+            bytes_model = score_from_disk(session, scores)
+        result = RunResult(scores, facts, SOURCE.stat().st_size, bytes_model)
+        if runtime.rank == 0:
+            report(session, result)
+        return result
 
 
-def open_session(h: Hyperparameters, runtime: Runtime) -> Session:
+@contextlib.contextmanager
+def resumable(session: Session) -> Iterator[None]:
+    """What is interrupted here has its weights on disk, and the message names them."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if session.h.eval_only:
+            raise
+        weights = session.h.resume_from or session.files.weights
+        raise RunError(f"interrupted: RESUME_FROM={weights} packs and scores it") from None
+
+
+def open_session(h: Hyperparameters, runtime: Runtime, files: RunFiles) -> Session:
     """Opens and checks all that the run reads; only then its log, so that a run which cannot start
     leaves the last one's files alone."""
     batch_layout(h, runtime.world_size)  # refuses what does not divide
@@ -2960,7 +3181,6 @@ def open_session(h: Hyperparameters, runtime: Runtime) -> Session:
             "or name a file in it",
         )
     evaluator = Evaluator.open(h, runtime)
-    files = RunFiles(h)
     settings = json.dumps(asdict(h), indent=1)
     head = f"{SOURCE.read_text()}\n{'=' * 80}\n{settings}\n"
     log = RunLog(files.log if runtime.rank == 0 else None, head)
@@ -2994,13 +3214,21 @@ def environment_facts(runtime: Runtime) -> dict[str, Any]:
     }
 
 
-def train_or_load(session: Session) -> tuple[Stages, TrainingFacts]:
-    """Float weights by stage and the facts of their training, from RESUME_FROM or by training."""
+class Checkpoint(NamedTuple):
+    """The weights of a training run and all that the record must say of it."""
+
+    stages: Stages
+    facts: TrainingFacts
+
+
+def train_and_save(session: Session) -> Checkpoint:
+    """Trains.  Raises RunError, with the weights on disk, if that ended in a fault or early."""
     h = session.h
-    if h.resume_from:
-        return load_checkpoint(h, session.runtime)
-    batch_seqs = h.train_batch_tokens // h.train_seq_len
-    plan = BatchPlan(open_split(h.data_path, "train"), h.train_seq_len, batch_seqs, h.seed)
+    shards = open_split(h.data_path, "train")
+    if sum(map(len, shards)) <= 1 << 28:  # under a second; larger splits are checked on the way
+        for shard in shards:
+            check_vocabulary(shard, h.vocab_size, f"{h.data_path}/fineweb_train_*.bin")
+    plan = BatchPlan(shards, h.train_seq_len, h.train_batch_tokens // h.train_seq_len, h.seed)
     trainer = Trainer(h, session.runtime, session.kernels)
     stages, facts = train(h, session.runtime, session.log, session.evaluator, trainer, plan)
     finite = all(bool(w.isfinite().all()) for w in stages["averaged"].values())
@@ -3010,31 +3238,42 @@ def train_or_load(session: Session) -> tuple[Stages, TrainingFacts]:
         kept = "no finite weights left"
         if finite:
             kept = f"RESUME_FROM={session.files.weights} scores what it left"
-        raise RunError(f"{facts.fault}; lower MATRIX_LR, EMBED_LR or SCALAR_LR; {kept}")
+        raise RunError(f"{facts.fault}; {kept}")
     if facts.interrupted and h.on_interrupt == "save":
         raise RunError(
             f"interrupted at step {facts.step_stop}: RESUME_FROM={session.files.weights} scores it"
         )
-    return stages, facts
+    return Checkpoint(stages, facts)
 
 
 def save_checkpoint(path: Path, h: Hyperparameters, stages: Stages, facts: TrainingFacts) -> None:
     content = io.BytesIO()
-    checkpoint = {"architecture": architecture_of(h), "facts": asdict(facts), "stages": stages}
-    torch.save(checkpoint, content)
+    torch.save({"settings": asdict(h), "facts": asdict(facts), "stages": stages}, content)
     write_atomic(path, content.getvalue())
 
 
-def load_checkpoint(h: Hyperparameters, runtime: Runtime) -> tuple[Stages, TrainingFacts]:
+def load_checkpoint(
+    h: Hyperparameters, runtime: Runtime, env: Mapping[str, str]
+) -> tuple[Hyperparameters, Checkpoint]:
+    """RESUME_FROM's weights, and the settings that they were trained with in place of `h`.
+
+    Raises RunError if it is no checkpoint, or if `env` overrides what was trained.
+    """
     content = io.BytesIO(read_file(h.resume_from, "RESUME_FROM", runtime))
     try:
         saved = torch.load(content, map_location=runtime.device, weights_only=True)
-        architecture, stages = saved["architecture"], saved["stages"]
-        facts = TrainingFacts(**saved["facts"])
+        checkpoint = Checkpoint(saved["stages"], TrainingFacts(**saved["facts"]))
+        settings = dict(saved["settings"])
     except Exception:
-        raise RunError(f"RESUME_FROM={h.resume_from}: not a run's final_model.pt") from None
-    check_architecture(h, architecture, h.resume_from)
-    return stages, facts
+        raise RunError(
+            f"RESUME_FROM={h.resume_from}: not the final_model.pt of a run of this version"
+        ) from None
+    h = settings_of_weights(h, settings, env)
+    shapes = {name: row.shape for name, row in parameter_table(h).items()}
+    for stage in checkpoint.stages.values():
+        found = {name: tuple(w.shape) for name, w in stage.items()}
+        require(found == shapes, f"RESUME_FROM={h.resume_from}: weights and settings disagree")
+    return h, checkpoint
 
 
 def read_file(path: str | Path, variable: str, runtime: Runtime) -> bytes:
@@ -3109,7 +3348,7 @@ def report(session: Session, result: RunResult) -> None:
         f"bytes_total:{result.bytes_code + result.bytes_model} "
         f"(code {result.bytes_code} + model {result.bytes_model}, cap {session.h.artifact_bytes})"
     )
-    session.files.finish()
+    session.files.finish(log)
 
 
 def write_result(session: Session, result: RunResult, facts: TrainingFacts) -> None:
@@ -3117,14 +3356,17 @@ def write_result(session: Session, result: RunResult, facts: TrainingFacts) -> N
     h = session.h
     folder = session.files.folder
     scores = {stage: asdict(score) for stage, score in result.scores.items()}
-    code_sha256 = hashlib.sha256(SOURCE.read_bytes()).hexdigest()
     fields = dataclasses.fields(h)
     same_for_all_seeds = [field.name for field in fields if not field.metadata["per_run"]]
-    # Results whose recipes are equal are merged as seeds.
+    # Results whose recipes are equal are merged as seeds.  Data are told apart by content.
     recipe = {name: getattr(h, name) for name in same_for_all_seeds} | {
-        "code": code_sha256,
+        "code": facts.code_sha256,
+        "packing_code": code_digest(),
         "dataset": session.evaluator.dataset,
+        "train_tokens": facts.train_tokens,
+        "train_digest": facts.train_digest,
         "val_tokens": result.scores["packed"].tokens,
+        "val_digest": session.evaluator.val_digest,
         "hardware": session.environment["hardware"],
         "whole_run": not (facts.interrupted or facts.fault),
     }
@@ -3135,7 +3377,7 @@ def write_result(session: Session, result: RunResult, facts: TrainingFacts) -> N
         "model_params": h.parameters(),
         "environment": session.environment,
         "training": asdict(facts),
-        "code_sha256": code_sha256,
+        "code_sha256": facts.code_sha256,
         "bytes_code": result.bytes_code,
         "bytes_model": result.bytes_model,
         "time": time.time(),
@@ -3143,32 +3385,50 @@ def write_result(session: Session, result: RunResult, facts: TrainingFacts) -> N
     }
     # The seed is that of the training, whatever SEED is where RESUME_FROM goes on with it.
     write_atomic(folder / f"result_seed{facts.seed}.json", json.dumps(content).encode())
-    if importlib.util.find_spec("record"):
-        from record import write_submission
+    if importlib.util.find_spec("record") is None:  # this file alone trains and scores as well
+        return
+    from record import write_submission
 
+    try:
         write_submission(folder, os.environ, session.log)
+    except Exception as problem:  # no reason to leave a finished run unfinished
+        session.log(
+            f"note: submission.json was not written ({type(problem).__name__}: {problem}); "
+            f"mend that and run `python record.py {folder}`"
+        )
+
+
+def interrupt(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def main() -> None:
     """Exits with 0, or with 1 and one message on stderr."""
     try:
+        for number in ending_signals():  # outside of training each of them is a Ctrl-C
+            signal.signal(number, interrupt)
         h = Hyperparameters.from_env(os.environ)
+        runtime = Runtime.start(h, os.environ)
+        checkpoint = None
+        if h.resume_from:
+            h, checkpoint = load_checkpoint(h, runtime, os.environ)
         if h.data_path == "sample":
             from prepare_data import with_sample
 
             h = with_sample(h)  # the paths of the built-in corpus, which is built if missing
-        run(h, Runtime.start(h, os.environ))
+        run(h, runtime, checkpoint)
         if dist.is_initialized():
             dist.destroy_process_group()
     except (RunError, OSError, RuntimeError, KeyboardInterrupt) as error:
         lost_a_rank = isinstance(error, RuntimeError) and "gloo" in str(error).lower()
         if isinstance(error, RuntimeError) and not lost_a_rank:
             raise  # a bug, not a collective whose peer has gone
-        rank = int(os.environ.get("RANK", 0))
+        rank = int(os.environ.get("RANK") or 0)
         if rank:  # most faults meet all ranks: rank 0 speaks first
             time.sleep(2)
         kind = "lost a rank" if lost_a_rank else "error"
-        print(f"{kind} (rank {rank}): {message_of(error)}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # standard error may have gone with its terminal
+            print(f"{kind} (rank {rank}): {message_of(error)}", file=sys.stderr, flush=True)
         os._exit(1)  # at once: the other ranks may be inside collectives, and torchrun ends them
 
 
