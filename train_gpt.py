@@ -12,7 +12,7 @@ bpb sliding, 1.1582 plain, in 15,987,128 bytes, on the proxy corpus (not FineWeb
 
 Every number that matters is a field of `Hyperparameters`; an environment variable of the same name
 in capitals overrides it.  PRESET=frontier is the default card plus every extension that measured
-better.  Sections, in the order of the data:
+better.  The file follows the data.  Sections:
 1 constants, 2 hyperparameters, 3 runtime, 4 data, 5 model, 6 kernels, 7 quantizer, 8 optimizer and
 schedules, 9 weight averaging, 10 pack and unpack, 11 evaluation, 12 training, 13 stages and main.
 

@@ -42,7 +42,8 @@ def results(runtime: train_gpt.Runtime) -> dict[str, Any]:
     h = tiny(**LAYOUT)
     trainer = train_gpt.Trainer(h, runtime, train_gpt.Kernels())
     optimizer = trainer.optimizer
-    mine = slice(runtime.rank * trainer.local, (runtime.rank + 1) * trainer.local)
+    local = trainer.layout.local
+    mine = slice(runtime.rank * local, (runtime.rank + 1) * local)
     losses = []
 
     def step(number: int) -> None:
@@ -69,7 +70,7 @@ def results(runtime: train_gpt.Runtime) -> dict[str, Any]:
     losses.pop()
     restore()
     out["restored"] = all(map(torch.equal, before, state()))
-    out["grid_step"] = optimizer.start_qat(6000.0)
+    out["grid_step"] = optimizer.start_late_qat(6000.0)
     for number in range(PLAIN_STEPS, PLAIN_STEPS + QAT_STEPS):
         step(number)
     return out | {"losses": losses, "qat_masters": optimizer.gather(optimizer.masters())}

@@ -3,9 +3,12 @@
 import ast
 import dataclasses
 import itertools
+import math
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import support
@@ -233,6 +236,104 @@ def test_values_at_the_edge_of_what_makes_sense_are_accepted(env: dict[str, obje
         assert getattr(h, name.lower()) == value
 
 
+# What a field declares
+
+UP = math.inf
+BOUNDS = {  # lowest and highest value of every number that is not just 0 or more
+    "vocab_size": (2, UP), "num_layers": (2, UP), "smear_dims": (2, UP),
+    "model_dim": (1, UP), "num_heads": (1, UP), "num_kv_heads": (1, UP), "mlp_hidden": (1, UP),
+    "ve_layers": (1, UP), "ve_dim": (1, UP), "iterations": (1, UP), "train_seq_len": (1, UP),
+    "train_batch_tokens": (1, UP), "val_batch_size": (1, UP), "train_log_every": (1, UP),
+    "warmup_steps": (1, UP),
+    "rope_base": (1e-12, UP), "logit_softcap": (1e-12, UP), "adam_eps": (1e-12, UP),
+    "beta1": (0, 1 - 1e-9), "beta2": (0, 1 - 1e-9), "muon_beta2": (0, 1 - 1e-9),
+    "muon_momentum": (0, 1 - 1e-9), "muon_momentum_warmup_start": (0, 1 - 1e-9),
+    "warmdown_fraction": (1e-12, 1), "key_shift": (0, 1), "mlp_slope": (0, 1),
+    "zstd_level": (1, 22),
+}  # fmt: skip
+NUMBERS = sorted(name for name, field in FIELDS.items() if field.type != "str")
+CHOICES = {"device": ("auto", "cpu", "cuda"), "on_interrupt": ("save", "finish")}
+ARCHITECTURE = frozenset({
+    "vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_hidden", "mlp_slope",
+    "rope_dims", "rope_base", "smear_dims", "key_shift", "gate_dims", "xsa_layers", "ve_layers",
+    "ve_dim", "logit_softcap", "train_seq_len",
+})  # fmt: skip
+PER_RUN = frozenset({
+    "preset", "run_id", "seed", "device", "compile_backend", "data_path", "tokenizer_path",
+    "output_dir", "eval_only", "resume_from", "on_interrupt", "eval_dump", "val_loss_every",
+    "train_log_every",
+})  # fmt: skip
+
+
+def marked(fact: str) -> set[str]:
+    return {name for name, field in FIELDS.items() if field.metadata[fact]}
+
+
+def test_every_field_declares_the_same_facts() -> None:
+    facts = {"low", "high", "choices", "architecture", "per_run"}
+    assert all(field.metadata.keys() == facts for field in FIELDS.values())
+
+
+def test_every_number_has_its_bounds() -> None:
+    assert len(NUMBERS) > 40
+    declared = {name: (FIELDS[name].metadata["low"], FIELDS[name].metadata["high"])
+                for name in NUMBERS}  # fmt: skip
+    assert declared == dict.fromkeys(NUMBERS, (0, math.inf)) | BOUNDS
+
+
+def card_with(values: dict[str, Any]) -> Hyperparameters:
+    return Hyperparameters(**values)
+
+
+def numbers_out_of_bounds() -> Iterator[Any]:
+    """(field, value): the nearest below its least and, if it has one, above its greatest value."""
+    for name in NUMBERS:
+        low, high = BOUNDS.get(name, (0, UP))
+        whole = FIELDS[name].type == "int"
+        yield pytest.param(name, low - 1 if whole else math.nextafter(low, -UP), id=f"{name}-low")
+        if high < UP:
+            above = high + 1 if whole else math.nextafter(high, UP)
+            yield pytest.param(name, above, id=f"{name}-high")
+
+
+@pytest.mark.parametrize(("name", "value"), numbers_out_of_bounds())
+def test_a_number_past_its_bounds_is_refused_by_name(name: str, value: float) -> None:
+    low, high = BOUNDS.get(name, (0, UP))
+    message = support.refusal(card_with, {name: value})
+    assert message == f"{name.upper()}={value!r}: set it within {low} to {high}"
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_nan_is_refused_for_every_number(name: str) -> None:
+    assert f"{name.upper()}=nan" in support.refusal(card_with, {name: math.nan})
+
+
+def test_only_these_strings_have_choices() -> None:
+    declared = {name: FIELDS[name].metadata["choices"] for name in marked("choices")}
+    assert declared == CHOICES
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_a_choice_that_there_is_not_is_refused_with_those(name: str) -> None:
+    message = settings_refusal(**{name.upper(): "maybe"})
+    assert message == f"{name.upper()}='maybe': set {' or '.join(CHOICES[name])}"
+    for choice in CHOICES[name]:
+        assert getattr(Hyperparameters.from_env({name.upper(): choice}), name) == choice
+
+
+def test_the_architecture_is_exactly_these_fields() -> None:
+    assert len(train_gpt.ARCHITECTURE) == len(ARCHITECTURE)
+    assert set(train_gpt.ARCHITECTURE) == marked("architecture") == ARCHITECTURE
+
+
+def test_merged_seeds_may_differ_in_exactly_these_fields() -> None:
+    assert marked("per_run") == PER_RUN
+
+
+def test_no_field_of_the_architecture_may_differ_by_run() -> None:
+    assert not marked("per_run") & marked("architecture")
+
+
 # Every field matters
 
 
@@ -267,15 +368,19 @@ def test_the_search_for_read_fields_does_not_find_everything() -> None:
     assert "iterations" in fields_read_by_the_program()
 
 
+def shapes(h: Hyperparameters) -> dict[str, tuple[int, ...]]:
+    return {name: row.shape for name, row in train_gpt.parameter_table(h).items()}
+
+
 def test_the_architecture_lists_what_scoring_depends_on() -> None:
     assert set(train_gpt.ARCHITECTURE) <= FIELDS.keys()
     base = support.tiny()
-    names = set(train_gpt.parameter_shapes(base))
+    names = set(shapes(base))
     for name in ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads",
                  "mlp_hidden", "ve_layers", "ve_dim"):  # fmt: skip
         changed = dataclasses.replace(base, **{name: 2 * getattr(base, name)})
-        assert train_gpt.parameter_shapes(changed) != train_gpt.parameter_shapes(base), name
-        assert set(train_gpt.parameter_shapes(changed)) == names
+        assert shapes(changed) != shapes(base), name
+        assert set(shapes(changed)) == names
         assert name in train_gpt.ARCHITECTURE
     assert {"rope_dims", "rope_base", "xsa_layers", "logit_softcap"} <= set(train_gpt.ARCHITECTURE)
 
@@ -352,7 +457,7 @@ def test_the_card_counts_the_parameters_that_its_model_holds(
     # orthogonalising 44 matrices takes seconds and changes no shape
     monkeypatch.setattr(torch.nn.init, "orthogonal_", lambda w, **_: w)
     weights = {name: w.to("meta") for name, w in train_gpt.initial_weights(h).items()}
-    model = train_gpt.GPT(h, weights, support.plain_attention)
+    model = train_gpt.GPT(h, weights, train_gpt.Kernels())
     held = sum(p.numel() for p in model.parameters())
     assert h.parameters() == held == parameters_by_hand(h)
     assert round(held / 1e6, 1) == 32.4

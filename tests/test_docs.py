@@ -258,7 +258,7 @@ def test_the_docstring_maps_every_section_in_order() -> None:
     assert numbers[0] in (0, 1)
     assert numbers == list(range(numbers[0], numbers[0] + len(numbers)))
 
-    section_map = DOCSTRING.split("Sections:")[1].split("Shapes:")[0]
+    section_map = re.split(r"\bSections\b[^:]*:", DOCSTRING)[1].split("Shapes:")[0]
     mapped = re.findall(r"\b(\d+)\.?\s+(\w+)", section_map)
     assert [n for n, _ in mapped] == [n for n, _ in banners]
     for (number, banner), (_, word) in zip(banners, mapped, strict=True):

@@ -219,30 +219,32 @@ def test_the_batch_size_does_not_change_the_score(val_batch_size: int, stride: i
 
 
 class Gathered(Exception):
-    """Carries one rank's sums out of `Evaluator.score`."""
+    """Ends `Evaluator.score` of a rank that has handed over its sums."""
 
 
 def score_by_ranks(
     tokens: np.ndarray, stride: int, world: int, monkeypatch: pytest.MonkeyPatch
 ) -> list[Score]:
     """The score that each of `world` ranks returns, their sums added by hand."""
+    ranks = [evaluator(tokens, rank=rank, world_size=world) for rank in range(world)]
+    parts: list[list[Tensor]] = []  # of each rank the nats of each token, and how many it scored
 
     def hand_over(self: train_gpt.Runtime, sums: Tensor) -> Tensor:
-        raise Gathered(sums.clone())
+        parts[self.rank].append(sums.clone())
+        if len(parts[self.rank]) == 2:
+            raise Gathered
+        return sums
 
-    parts = []
     monkeypatch.setattr(train_gpt.Runtime, "sum", hand_over)
-    for rank in range(world):
-        with pytest.raises(Gathered) as caught:
-            evaluator(tokens, rank=rank, world_size=world).score(model(), stride)
-        parts.append(caught.value.args[0])
-    total = torch.stack(parts).sum(0)
-    assert total.dtype == torch.float64
-    monkeypatch.setattr(train_gpt.Runtime, "sum", lambda self, sums: total.clone())
-    return [
-        evaluator(tokens, rank=rank, world_size=world).score(model(), stride)
-        for rank in range(world)
-    ]
+    for rank in ranks:
+        parts.append([])
+        with pytest.raises(Gathered):
+            rank.score(model(), stride)
+    totals = [torch.stack(of_all_ranks).sum(0) for of_all_ranks in zip(*parts, strict=True)]
+    assert {total.dtype for total in totals} == {torch.float64}
+    by_shape = {total.shape: total for total in totals}
+    monkeypatch.setattr(train_gpt.Runtime, "sum", lambda self, sums: by_shape[sums.shape].clone())
+    return [rank.score(model(), stride) for rank in ranks]
 
 
 @pytest.mark.parametrize("stride", [0, 3, 4])

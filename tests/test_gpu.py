@@ -31,12 +31,14 @@ def test_late_qat_on_cuda_writes_the_bits_of_the_artifact() -> None:
     generator = torch.Generator("cuda").manual_seed(1)
     for master in trainer.optimizer.masters().values():
         master.add_(torch.randn(master.shape, generator=generator, device="cuda"), alpha=0.05)
-    step = trainer.optimizer.start_qat(10_000)
+    step = trainer.optimizer.start_late_qat(10_000)
     trainer.optimizer.write_back()
     _, state = tg.unpack(tg.pack(trainer.optimizer.gather(trainer.optimizer.masters()), h, step))
-    for name, parameter in trainer.model.named_parameters():
-        if name in trainer.optimizer.grids:
-            assert torch.equal(parameter.cpu(), state[name].bfloat16()), name
+    parameters = dict(trainer.model.named_parameters())
+    grids = tg.export_grids(h)
+    assert grids.keys() == trainer.optimizer.late_qat.grids.keys() and len(grids) > 3
+    for name in grids:
+        assert torch.equal(parameters[name].cpu(), state[name].bfloat16()), name
 
 
 def test_a_compiled_training_step_follows_the_eager_one() -> None:
@@ -67,16 +69,21 @@ def test_the_step_as_cuda_graphs_follows_the_launched_one(micro: int) -> None:
         restore = trainer.optimizer.snapshot()
         for late_qat in (False, True):
             if late_qat:
-                trainer.optimizer.start_qat(9_000)
+                trainer.optimizer.start_late_qat(9_000)
             trainer.train_step(batches[0], 1.0)
             if graph:
                 trainer.capture(batches[0])
-        assert len(trainer.updates) == (2 if graph and micro == 1024 else 0)
+        graphs = trainer.graphs
+        updates = [graphs.update, graphs.update_late_qat]
+        assert bool(graphs.gradients) == graph
+        assert [bool(update) for update in updates] == [graph and micro == 1024] * 2
         restore()
         steps = []
         for i, batch in enumerate(batches):
             if i == 4:
-                trainer.optimizer.start_qat(7_000)  # another grid than the graph was captured with
+                trainer.optimizer.start_late_qat(
+                    7_000
+                )  # another grid than the graph was captured with
             steps.append(float(trainer.train_step(batch, 1.0 - i / 6)))
         losses.append(steps)
         masters.append({n: w.clone() for n, w in trainer.optimizer.masters().items()})
@@ -90,10 +97,10 @@ def test_the_step_as_cuda_graphs_follows_the_launched_one(micro: int) -> None:
 def test_a_step_never_makes_the_host_wait(late_qat: bool) -> None:
     trainer = tg.Trainer(tiny(), cuda_runtime(), tg.Kernels())
     tokens = torch.randint(
-        trainer.h.vocab_size, (trainer.local, trainer.h.train_seq_len + 1), device="cuda"
+        trainer.h.vocab_size, (trainer.layout.local, trainer.h.train_seq_len + 1), device="cuda"
     )
     if late_qat:
-        trainer.optimizer.start_qat(10_000)
+        trainer.optimizer.start_late_qat(10_000)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -102,6 +109,20 @@ def test_a_step_never_makes_the_host_wait(late_qat: bool) -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.isfinite(loss)
+
+
+def test_losses_of_a_device_are_reported_in_order() -> None:
+    runtime, reports = cuda_runtime(), list[tuple[int, float]]()
+    clock = tg.Clock(runtime)
+    losses = tg.PendingLosses(clock, lambda step, loss, end: reports.append((step, loss)))
+    clock.start()
+    loss = torch.zeros((), device="cuda")  # each step overwrites it, as a captured graph does
+    for step in range(1, 11):
+        loss.fill_(step / 2)
+        losses.push(step, loss)
+        assert len(reports) == max(0, step - losses.AHEAD)
+    losses.land()
+    assert reports == [(step, step / 2) for step in range(1, 11)]
 
 
 SCORE = """

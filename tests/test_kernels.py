@@ -66,6 +66,82 @@ def test_fused_heads_agree_with_their_twin() -> None:
     compare("qkv dx dw dgain", flat(tg.FusedHeads.apply), flat(tg.project_heads), [x, w, gain])
 
 
+def turned_heads(
+    qkv_MC: Tensor, gain_H: Tensor, length: int, kv_heads: int, rotated: int, base: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v (M, heads, E) by complex rotation of one pair of dims at a time, in float64."""
+    heads, half = len(gain_H), rotated // 2
+    x = qkv_MC.unflatten(1, (heads + 2 * kv_heads, -1))
+    normed = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    position = torch.arange(len(x), device=x.device).double() % length
+    turned = list(normed.unbind(-1))
+    for j in range(half):
+        angle = position[:, None] * base ** (-2 * j / rotated)
+        pair = torch.complex(normed[..., j], normed[..., half + j])
+        pair = pair * torch.polar(torch.ones_like(angle), angle)
+        turned[j], turned[half + j] = pair.real, pair.imag
+    y = torch.stack(turned, -1)
+    q = y[:, :heads] * gain_H[:, None]
+    return q, y[:, heads : heads + kv_heads], x[:, heads + kv_heads :]
+
+
+HEADS, KV_HEADS, WIDTH, LENGTH, ROTATED = 4, 2, 32, 64, 8
+
+
+def heads_arguments() -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """(projections of two sequences and gain, gradients of q, k and v, rotary table)."""
+    tokens = 2 * LENGTH
+    qkv, dq, dk, dv, gain = tensors(
+        (tokens, (HEADS + 2 * KV_HEADS) * WIDTH), (tokens, HEADS, WIDTH),
+        (tokens, KV_HEADS, WIDTH), (tokens, KV_HEADS, WIDTH), (HEADS,))  # fmt: skip
+    rotary = tg.rotary_table(LENGTH, ROTATED, 1e4, qkv.device)
+    return [qkv, gain.abs() + 0.5], [dq, dk, dv], rotary
+
+
+def assert_near(found: Tensor, expected: Tensor) -> None:
+    assert found.shape == expected.shape
+    difference = (found.double() - expected).norm() / expected.norm()
+    assert float(difference) < TOLERANCE
+
+
+def test_norm_rotate_equals_complex_rotation_of_pairs() -> None:
+    arguments, _, rotary = heads_arguments()
+    q, k = tg.norm_rotate(*arguments, rotary, WIDTH)
+    qkv, gain = (a.double() for a in arguments)
+    q_expected, k_expected, _ = turned_heads(qkv, gain, LENGTH, KV_HEADS, ROTATED, 1e4)
+    assert_near(q, q_expected.flatten(1))
+    assert_near(k, k_expected.flatten(1))
+
+
+def test_norm_rotate_backward_equals_float64_autograd() -> None:
+    arguments, upstream, rotary = heads_arguments()
+    dqkv, parts = tg.norm_rotate_backward(*arguments, rotary, WIDTH, *upstream)
+    qkv, gain = (a.double().requires_grad_() for a in arguments)
+    outputs = turned_heads(qkv, gain, LENGTH, KV_HEADS, ROTATED, 1e4)
+    expected = torch.autograd.grad(outputs, (qkv, gain), [d.double() for d in upstream])
+    assert dqkv.dtype == arguments[0].dtype
+    assert_near(dqkv, expected[0])
+    assert_near(parts.double().sum(0), expected[1])
+
+
+def test_norm_rotate_backward_hands_values_gradient_through() -> None:
+    arguments, upstream, rotary = heads_arguments()
+    dqkv, _ = tg.norm_rotate_backward(*arguments, rotary, WIDTH, *upstream)
+    assert torch.equal(dqkv[:, -KV_HEADS * WIDTH :], upstream[2].flatten(1))
+
+
+def test_each_part_of_the_gain_gradient_is_of_its_own_tokens() -> None:
+    arguments, (dq, dk, dv), rotary = heads_arguments()
+    whole = tg.norm_rotate_backward(*arguments, rotary, WIDTH, dq, dk, dv)[1]
+    assert whole.shape == (2 * LENGTH // tg.HEAD_ROWS, HEADS)
+    only = torch.zeros_like(dq)
+    only[3 * tg.HEAD_ROWS : 4 * tg.HEAD_ROWS] = dq[3 * tg.HEAD_ROWS : 4 * tg.HEAD_ROWS]
+    parts = tg.norm_rotate_backward(*arguments, rotary, WIDTH, only, dk, dv)[1]
+    assert torch.equal(parts[3], whole[3]) and bool(whole[3].all())
+    parts[3] = 0
+    assert not parts.any()
+
+
 @pytest.mark.parametrize("slope", [0.0, 0.5])
 def test_the_lowest_bit_of_the_square_tells_its_side(slope: float) -> None:
     a, b = tensors((64, 32), (48, 32))
@@ -102,8 +178,8 @@ def test_the_operators_tell_the_compiler_what_they_do() -> None:
     torch.library.opcheck(tg.linear_relu2, (a, b, scale, 0.5, post.square()))
     qkv, dq, dk, dv, gain = tensors((64, 128), (64, 64), (64, 32), (64, 32), (2,))
     rotary = tg.rotary_table(32, 8, 1e4, qkv.device)
-    torch.library.opcheck(tg.norm_rotate, (qkv, gain, rotary, 32, []))
-    torch.library.opcheck(tg.norm_rotate, (qkv, gain, rotary, 32, [dq, dk, dv]))
+    torch.library.opcheck(tg.norm_rotate, (qkv, gain, rotary, 32))
+    torch.library.opcheck(tg.norm_rotate_backward, (qkv, gain, rotary, 32, dq, dk, dv))
 
 
 def test_on_a_cpu_plain_layers_are_chosen_and_logged() -> None:
@@ -112,6 +188,26 @@ def test_on_a_cpu_plain_layers_are_chosen_and_logged() -> None:
     kernels = tg.choose_kernels(support.tiny(), support.cpu_runtime(), lines.append)  # type: ignore[arg-type]
     assert kernels[1:] == (tg.project_heads, tg.relu2_mlp)
     assert any("plain layers" in line and "CPU" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("capability", "changes", "run"),
+    [
+        ((9, 0), {}, True),
+        ((10, 0), {}, True),
+        ((8, 9), {}, False),
+        ((9, 0), dict(mlp_hidden=44), False),
+        ((9, 0), dict(model_dim=36, num_heads=9, num_kv_heads=3), False),  # heads of 4
+        ((9, 0), dict(model_dim=48), False),  # heads of 12
+        ((9, 0), dict(train_seq_len=24, train_batch_tokens=240), False),
+        ((9, 0), dict(train_seq_len=48, train_batch_tokens=240), True),
+    ],
+)
+def test_fused_layers_run_on_hopper_with_sizes_that_they_take(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], changes: dict[str, int], run: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert tg.fused_layers_run(support.tiny(**changes)) is run
 
 
 def test_flash_attention_3_comes_first_and_is_causal(
@@ -170,7 +266,7 @@ def report(kernel, signature, constants, **options):
 m, n, k = tg.RELU2_TILE
 blocks = {"a_desc": (m, k), "b_desc": (n, k), "post_desc": (m, n // 4), "out_desc": (m, n // 4)}
 products = {name: f"tensordesc<bf16[{r}, {c}]>" for name, (r, c) in blocks.items()}
-heads = dict(HALF=16, H=4, K=2, E=128, ROWS=tg.HEAD_ROWS)
+heads = dict(HALF=16, HEADS=4, KV_HEADS=2, WIDTH=128, ROWS=tg.HEAD_ROWS)
 for BACKWARD in (False, True):
     report(tg.linear_relu2_kernel, products | {"scales": "*fp32"},
            dict(SLOPE=0.5, BACKWARD=BACKWARD), num_warps=8, num_stages=4)

@@ -12,7 +12,14 @@ from support import REPO, completed, cpu_runtime, normal, tiny, tiny_model
 from torch import Tensor
 
 import train_gpt
-from train_gpt import MATRICES, TABLES, VECTORS, Hyperparameters, Optimizer
+from train_gpt import Hyperparameters, Optimizer, parameter_table
+
+MATRICES = ("qo_bank", "kv_bank", "mlp_bank", "ve_proj")
+TABLES = ("tok_emb", "ve_emb")
+VECTORS = (
+    "smear_gate", "smear_token", "resid_mix", "attn_scale", "mlp_scale", "q_gain", "skip_weight",
+    "ve_scale", "attn_gate",
+)  # fmt: skip
 
 
 def new_optimizer(h: Hyperparameters, seed: int = 0) -> Optimizer:
@@ -33,7 +40,15 @@ def one_step(
 ) -> Tensor:
     optimizer.lr.fill_(lr)
     optimizer.decay.fill_(decay)
-    return optimizer.update([loss, *gradients])
+    return optimizer.update(loss, gradients)
+
+
+def test_the_groups_of_these_tests_hold_every_parameter() -> None:
+    table = parameter_table(tiny())
+    of_group = {"matrix": MATRICES, "embed": TABLES, "scalar": VECTORS}
+    for group, names in of_group.items():
+        assert {name for name, row in table.items() if row.group == group} == set(names)
+    assert sum(map(len, of_group.values())) == len(table)
 
 
 # Muon
@@ -141,14 +156,14 @@ def test_a_neuron_whose_updates_were_large_moves_less() -> None:
     bank = optimizer.banks[0]
     gradients = gradients_of(optimizer, 1.0)
     twin = new_optimizer(h)
-    twin.banks[0].square.fill_(1e-6)
-    twin.banks[0].square[:, 0] = 1.0  # as if row 0 had moved by far the most
+    twin.banks[0].mean_square.fill_(1e-6)
+    twin.banks[0].mean_square[:, 0] = 1.0  # as if row 0 had moved by far the most
     moved = []
     for one in (optimizer, twin):
         before = one.banks[0].master.clone()
         one_step(one, torch.tensor(0.0), 1.0, gradients)
         moved.append(one.banks[0].master - before)
-    assert bank.square.shape[-1] == 1
+    assert bank.mean_square.shape[-1] == 1
     torch.testing.assert_close(moved[1].norm(dim=(1, 2)), moved[0].norm(dim=(1, 2)))
     assert (moved[1][:, 0].norm(dim=-1) < 0.5 * moved[0][:, 0].norm(dim=-1)).all()
 
@@ -179,6 +194,27 @@ def test_every_matrix_moves_by_its_own_update_scale(mlp_hidden: int) -> None:
             torch.testing.assert_close(old - new, step.float(), rtol=0, atol=2e-5)
             scales.add(round(scale, 3))
     assert len(scales) > 1, "all matrices share a scale: the test is blind"
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_a_bank_takes_its_ranks_slice_of_the_padded_matrices(rank: int) -> None:
+    h = tiny()
+    row = parameter_table(h)["mlp_bank"]
+    whole = normal(8, 48, 32)
+    parameter = torch.nn.Parameter(whole.clone())
+    bank = train_gpt.Bank.create("mlp_bank", row, parameter, cpu_runtime(rank=rank, world_size=3))
+    padded = torch.cat((whole, torch.zeros(1, 48, 32)))  # 8 matrices over 3 ranks
+    assert torch.equal(bank.padded, padded)
+    assert torch.equal(bank.master, padded[3 * rank : 3 * rank + 3])
+    up, down = 1.5**0.5, 1.0
+    scales = ([up] * 4 + [down] * 5)[3 * rank : 3 * rank + 3]
+    assert bank.update_scale.flatten().tolist() == pytest.approx(scales)
+    assert not bank.momentum.any() and bank.momentum.shape == (3, 48, 32)
+    assert not bank.mean_square.any() and bank.mean_square.shape == (3, 48, 1)
+    bank.padded[2] = 7.0
+    assert bool((parameter[2] == 7.0).all()), "the working weights are rows of `padded`"
+    bank.master.fill_(3.0)
+    assert not bool((parameter == 3.0).any()), "the masters are the working weights"
 
 
 # AdamW and the global clip
@@ -264,7 +300,7 @@ def test_the_clip_is_global_over_matrices_and_small_parameters() -> None:
     one_step(optimizer, torch.tensor(0.0), 1.0, gradients)
     bank = next(b for b in optimizer.banks if b.name == "qo_bank")
     assert float(bank.momentum[0, 0, 0]) == pytest.approx(0.1 * 3 * h.grad_clip_norm / 5, rel=1e-5)
-    first_moment = optimizer.split(optimizer.mean)["ve_scale"][0]
+    first_moment = optimizer.small.split(optimizer.small.mean)["ve_scale"][0]
     assert float(first_moment) == pytest.approx((1 - h.beta1) * 4 * h.grad_clip_norm / 5, rel=1e-5)
 
 
@@ -330,6 +366,34 @@ def test_lr_scale_is_flat_then_falls_linearly_to_zero(
 ) -> None:
     h = tiny(iterations=1000, warmdown_fraction=fraction, warmdown_iters=iters)
     assert train_gpt.lr_scale(h, progress, total) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("steps_done", "elapsed", "before", "progress", "lr", "decay"),
+    [
+        (0, 0.0, 0.0, 0.0, 1.0, 0.0),
+        (100, 60.0, 0.0875, 0.1, 1.0, 2.0),  # the clock and the steps agree
+        (100, 300.0, 0.25, 0.5, 1.0, 40.0),  # of 200 steps: the last 80 are the warm-down
+        (100, 480.0, 0.75, 0.8, 0.3125, 8.0),  # of 125 steps
+        (900, 30.0, 0.899, 0.9, 1.0, 0.16),  # of 1000 steps
+        (960, 30.0, 0.959, 0.96, 0.5, 0.16),
+    ],
+)
+def test_the_plan_of_a_step_follows_steps_and_clock(
+    steps_done: int, elapsed: float, before: float, progress: float, lr: float, decay: float
+) -> None:
+    h = tiny(iterations=1000, max_wallclock_seconds=600.0, warmdown_iters=80, decay_per_run=160.0)
+    plan = train_gpt.plan_step(h, steps_done, elapsed, before)
+    assert plan == pytest.approx((progress, lr, decay), abs=1e-9)
+
+
+def test_the_decay_of_all_steps_sums_to_that_of_the_run() -> None:
+    h = tiny(iterations=50, max_wallclock_seconds=0.0, decay_per_run=160.0)
+    progress, total = 0.0, 0.0
+    for steps_done in range(51):
+        plan = train_gpt.plan_step(h, steps_done, 0.0, progress)
+        progress, total = plan.progress, total + plan.decay
+    assert total == pytest.approx(160.0)
 
 
 def test_muon_momentum_rises_linearly_then_stays() -> None:
@@ -417,7 +481,7 @@ def test_without_qat_the_working_weights_are_the_masters() -> None:
 
 def test_with_qat_the_working_weights_are_rounded_masters() -> None:
     optimizer = new_optimizer(tiny())
-    step = optimizer.start_qat(5000.0)
+    step = optimizer.start_late_qat(5000.0)
     assert step > 0
     one_step(optimizer, torch.tensor(0.0), 1.0, gradients_of(optimizer, 1.0))
     masters = {n: t.detach().clone() for n, t in optimizer.masters().items()}
@@ -428,7 +492,7 @@ def test_with_qat_the_working_weights_are_rounded_masters() -> None:
 
 def test_qat_leaves_the_masters_unrounded() -> None:
     with_qat, without = new_optimizer(tiny()), new_optimizer(tiny())
-    step = with_qat.start_qat(5000.0)
+    step = with_qat.start_late_qat(5000.0)
     for number in range(3):
         for optimizer in (with_qat, without):
             gradients = gradients_of(optimizer, 1.0, seed=100 * number)
@@ -442,7 +506,7 @@ def test_qat_leaves_the_masters_unrounded() -> None:
 
 def test_write_back_twice_changes_nothing() -> None:
     optimizer = new_optimizer(tiny())
-    optimizer.start_qat(5000.0)
+    optimizer.start_late_qat(5000.0)
     optimizer.write_back()
     once = [p.detach().clone() for p in optimizer.model.parameters()]
     optimizer.write_back()
@@ -451,7 +515,7 @@ def test_write_back_twice_changes_nothing() -> None:
 
 def test_the_qat_grid_fills_the_byte_budget() -> None:
     optimizer = new_optimizer(tiny())
-    steps = [optimizer.start_qat(budget) for budget in (4000.0, 6000.0, 8000.0)]
+    steps = [optimizer.start_late_qat(budget) for budget in (4000.0, 6000.0, 8000.0)]
     assert steps[0] > steps[1] > steps[2] > 0
     for budget, step in zip((4000.0, 6000.0, 8000.0), steps, strict=True):
         assert 0.97 * budget < entropy_bytes(optimizer, step) <= budget + 1e-6
@@ -463,8 +527,11 @@ def test_the_qat_grid_fills_the_byte_budget() -> None:
 def everything(optimizer: Optimizer) -> list[Tensor]:
     """Copies of all that a step changes."""
     tensors = [*optimizer.model.parameters(), *optimizer.masters().values()]
-    tensors += [t for bank in optimizer.banks for t in (bank.padded, bank.momentum)]
-    tensors += [optimizer.mean, optimizer.square, optimizer.steps]
+    tensors += [
+        t for bank in optimizer.banks for t in (bank.padded, bank.momentum, bank.mean_square)
+    ]
+    small = optimizer.small
+    tensors += [small.mean, small.mean_square, optimizer.steps_done]
     return [t.detach().clone() for t in tensors]
 
 
@@ -477,13 +544,13 @@ def test_restore_puts_every_bit_back(steps_before: int) -> None:
     before = everything(optimizer)
     restore = optimizer.snapshot()
     one_step(optimizer, torch.tensor(0.0), 1.0, gradients_of(optimizer, 1.0, seed=7))
-    optimizer.start_qat(5000.0)
+    optimizer.start_late_qat(5000.0)
     one_step(optimizer, torch.tensor(0.0), 1.0, gradients_of(optimizer, 1.0, seed=8))
     assert not all(map(torch.equal, before, everything(optimizer)))
     restore()
     after = everything(optimizer)
     assert len(after) == len(before) and all(map(torch.equal, before, after))
-    assert optimizer.qat_step is None
+    assert not optimizer.late_qat.on
 
 
 def test_a_restored_run_repeats_itself_bit_for_bit() -> None:

@@ -70,9 +70,34 @@ def test_a_rounded_row_holds_multiples_of_one_scale() -> None:
 def test_gains_are_stored_in_float16() -> None:
     _, read = unpack(artifact())
     gains = state().keys() - train_gpt.export_grids(H).keys()
-    assert gains == set(train_gpt.VECTORS)
+    assert gains == {
+        "smear_gate", "smear_token", "resid_mix", "attn_scale", "mlp_scale", "q_gain",
+        "skip_weight", "ve_scale", "attn_gate",
+    }  # fmt: skip
     for name in gains:
         assert torch.equal(read[name], state()[name].to(torch.float16).to(torch.float32)), name
+
+
+def test_frames_decode_to_the_codes_that_were_packed() -> None:
+    header, frames = train_gpt.read_frames(artifact(), "a.ptz")
+    assert [entry["name"] for entry in header["tensors"]] == list(frames) == list(state())
+    grids = train_gpt.export_grids(H)
+    for entry in header["tensors"]:
+        name, w = entry["name"], state()[entry["name"]]
+        assert entry["shape"] == list(w.shape)
+        assert entry["kind"] == ("codes" if name in grids else "float16")
+        if name not in grids:
+            assert frames[name] == [w.half().numpy().tobytes()]
+            continue
+        grid = [
+            torch.tensor(x).float().view(-1, 1, 1)
+            for x in (grids[name].qmax, grids[name].step_ratio)
+        ]
+        codes, scales = train_gpt.decode_codes(frames[name], entry["shape"])
+        expected = train_gpt.quantize(w.reshape(-1, *w.shape[-2:]), torch.tensor(STEP), *grid)
+        assert len(frames[name]) == 1 + len(codes), "one frame of scales, then one a matrix"
+        assert torch.equal(codes, expected[0]) and codes.dtype == torch.int8
+        assert torch.equal(scales, expected[1]) and scales.dtype == torch.float32
 
 
 @settings(max_examples=20)
@@ -202,9 +227,9 @@ def test_another_architecture_is_refused_with_what_to_set(
     name: str,
 ) -> None:
     architecture, _ = unpack(artifact())
-    train_gpt.checked_state(H, architecture, "a.ptz")
+    train_gpt.check_architecture(H, architecture, "a.ptz")
     architecture[name] = architecture[name] + 2
-    message = support.refusal(train_gpt.checked_state, H, architecture, "a.ptz")
+    message = support.refusal(train_gpt.check_architecture, H, architecture, "a.ptz")
     assert message.startswith("a.ptz: ")
     assert f"{name.upper()}={architecture[name]}" in message
 
@@ -213,7 +238,7 @@ def test_an_architecture_that_lacks_a_field_is_refused() -> None:
     architecture, _ = unpack(artifact())
     del architecture["rope_base"]
     with pytest.raises(RunError, match=r"^a\.ptz: .*set ROPE_BASE=None$"):
-        train_gpt.checked_state(H, architecture, "a.ptz")
+        train_gpt.check_architecture(H, architecture, "a.ptz")
 
 
 # Budget

@@ -18,7 +18,7 @@ from train_gpt import (
     encode,
     entropy_bits,
     fake_quantize,
-    fit_step,
+    fit_grid_step,
     quantize,
     row_scales,
 )
@@ -229,7 +229,7 @@ def test_a_finer_step_never_rounds_worse_without_clipping() -> None:
 
 def test_every_matrix_has_a_grid_and_no_gain_has_one() -> None:
     h = support.tiny()
-    shapes = train_gpt.parameter_shapes(h)
+    shapes = {name: row.shape for name, row in train_gpt.parameter_table(h).items()}
     grids = train_gpt.export_grids(h)
     kinds = ("_scale", "_gate", "_token", "_mix", "_gain", "_weight")
     vectors = {name for name in shapes if name.endswith(kinds)}
@@ -245,7 +245,7 @@ def test_the_first_and_last_layer_are_int8_the_others_int6() -> None:
         g = train_gpt.export_grids(h)[name]
         assert g.qmax == (127, 31, 31, 31, 127) * 2
         assert g.step_ratio == (0.6, 1.0, 1.0, 1.0, 0.6) * 2
-        qmax, ratio = g.tensors(torch.zeros(1))
+        qmax, ratio = g.tensors(torch.device("cpu"))
         assert qmax.shape == ratio.shape == (10, 1, 1)
         assert qmax.flatten().tolist() == list(g.qmax)
         assert np.allclose(ratio.flatten().tolist(), g.step_ratio)
@@ -259,12 +259,46 @@ def test_tables_have_the_step_that_their_ratio_says(ratio: float) -> None:
         assert grids[name].qmax == (127,) and grids[name].step_ratio == (expected,), name
     w = support.tiny_weights(h)["ve_emb"][None]
     step = float(w.abs().max()) / 40  # coarser than any row's own
-    _, scale = quantize(w, torch.tensor(step), *grids["ve_emb"].tensors(w))
+    _, scale = quantize(w, torch.tensor(step), *grids["ve_emb"].tensors(w.device))
     own = w.abs().amax(-1, keepdim=True) / 127
     if ratio:
         assert np.allclose(scale, 2 * ratio * step, rtol=1e-4)
     else:
         assert bool((scale <= 1.001 * own).all())
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8, 11])
+def test_a_shard_of_a_grid_is_a_slice_by_hand(world_size: int) -> None:
+    n = 8
+    whole = train_gpt.Grid((127, 31, 31, 5, 6, 7, 8, 9), (0.6, 1.0, 1.0, 0.1, 0.2, 0.3, 0.4, 0.5))
+    shards = [whole.shard(rank, world_size) for rank in range(world_size)]
+    count = {1: 8, 2: 4, 3: 3, 4: 2, 8: 1, 11: 1}[world_size]
+    for rank, shard in enumerate(shards):
+        for i in range(count):
+            matrix = rank * count + i
+            padding = matrix >= n
+            assert shard.qmax[i] == (1 if padding else whole.qmax[matrix])
+            assert shard.step_ratio[i] == (1 if padding else whole.step_ratio[matrix])
+        assert len(shard.qmax) == len(shard.step_ratio) == count
+
+
+def test_a_grid_of_one_matrix_is_whole_on_the_first_rank_alone() -> None:
+    one = train_gpt.Grid((127,), (0.0,))
+    assert one.shard(0, 3) == one
+    assert one.shard(1, 3) == one.shard(2, 3) == train_gpt.Grid((1,), (1,))
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_the_shards_of_a_bank_round_as_the_whole_bank(rank: int) -> None:
+    h = support.tiny()
+    w = support.tiny_weights(h)["mlp_bank"]
+    grid = train_gpt.export_grids(h)["mlp_bank"]
+    step = torch.tensor(0.02)
+    whole = fake_quantize(w, step, *grid.tensors(w.device))
+    mine = torch.cat((w, torch.zeros_like(w[:1])))[3 * rank : 3 * rank + 3]  # 8 padded to 9
+    part = fake_quantize(mine, step, *grid.shard(rank, 3).tensors(w.device))
+    expected = torch.cat((whole, torch.zeros_like(w[:1])))[3 * rank : 3 * rank + 3]
+    assert torch.equal(part, expected)
 
 
 # Size
@@ -298,25 +332,25 @@ def test_the_entropy_falls_as_the_step_grows() -> None:
 
 @settings(max_examples=60)
 @given(st.floats(-20, 6), st.sampled_from([0.5, 1.0, 3.0]))
-def test_fit_step_finds_the_smallest_step_that_meets_the_target(where: float, power: float) -> None:
+def test_fit_grid_step_finds_the_smallest_that_meets_the_target(where: float, power: float) -> None:
     def size_of(step: float) -> float:
         return 1000.0 * step**-power
 
     exact = 2.0**where
-    step = fit_step(size_of, size_of(exact))
+    step = fit_grid_step(size_of, size_of(exact))
     assert size_of(step) <= size_of(exact)
     assert exact <= step <= exact * 1.0001
 
 
 @settings(max_examples=60)
 @given(st.floats(-20, 6))
-def test_fit_step_meets_the_target_of_a_size_that_falls_in_jumps(where: float) -> None:
+def test_fit_grid_step_meets_the_target_of_a_size_with_jumps(where: float) -> None:
     def size_of(step: float) -> float:
         return 10.0 if step < 2.0**where else 5.0
 
-    step = fit_step(size_of, 7.0)
+    step = fit_grid_step(size_of, 7.0)
     assert 2.0**where <= step <= 2.0**where * 1.0001
-    assert size_of(fit_step(size_of, 20.0)) == 10.0  # a target that anything meets
+    assert size_of(fit_grid_step(size_of, 20.0)) == 10.0  # a target that anything meets
 
 
 # Training and export
@@ -341,7 +375,7 @@ def test_the_working_weights_of_late_qat_are_the_exported_ones() -> None:
     h = support.tiny()
     model = support.tiny_model(h)
     optimizer = train_gpt.Optimizer(model, h, support.cpu_runtime())
-    step = optimizer.start_qat(9_000)
+    step = optimizer.start_late_qat(9_000)
     optimizer.write_back()
     masters = optimizer.gather(optimizer.masters())
     _, read = train_gpt.unpack(train_gpt.pack(masters, h, step))

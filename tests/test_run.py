@@ -166,7 +166,7 @@ def kill_rank_1(torchrun: int) -> None:
             os.kill(int(child), signal.SIGKILL)
 
 
-MISTAKES: dict[str, tuple[dict[str, object], str]] = {  # settings, pattern of the message
+MISTAKES: dict[str, tuple[dict[str, Any], str]] = {  # settings, pattern of the message
     "missing data": (dict(DATA_PATH="/nowhere"), r"DATA_PATH=/nowhere.*fineweb_"),
     "short shard": (dict(DATA_PATH="SHORT"), r"fineweb_val_000000\.bin.*bytes"),
     "foreign train token": (dict(DATA_PATH="TRAIN_TOKEN"), r"token id 999.*VOCAB_SIZE=300"),

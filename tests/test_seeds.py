@@ -1,10 +1,11 @@
 """Claims about record.py: which runs it merges, their statistics, what it says of the rules."""
 
-import copy
 import dataclasses
 import json
 import math
+import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,25 +14,72 @@ from support import REPO, completed, train_gpt
 
 import record
 
-CARD = dataclasses.asdict(train_gpt.Hyperparameters())
+CARD = train_gpt.Hyperparameters()
+FIELDS = dataclasses.fields(CARD)
+PER_RUN = {field.name for field in FIELDS if field.metadata["per_run"]}
+TOKENS = 10**9  # of the validation split
+GPUS = "8 x NVIDIA H100 80GB HBM3"
 
 
-def result(seed: int, loss: float, **changes: Any) -> dict[str, Any]:
-    """What `train_gpt.run` hands over, with 0.4 bpb a nat."""
-    score = {"nats": loss * 1000, "tokens": 1000, "text_bytes": 1000 / math.log(2) / 0.4,
-             "seconds": 5.0 + seed}  # fmt: skip
-    packed = score | {"nats": score["nats"] + 10}
-    made: dict[str, Any] = {
-        "settings": CARD | {"seed": seed, "output_dir": f"/runs/{seed}"},
-        "environment": {"hardware": "8 x NVIDIA H100 80GB HBM3", "torch": "2.11.0"},
-        "training": {"step_stop": 4000 + seed, "step_avg_ms": 150.0, "seed": seed,
-                     "wallclock_seconds": 598.0 + seed, "train_shards": 80, "train_tokens": 10**10,
-                     "interrupted": False},
-        "scores": {"trained": packed, "averaged": packed, "packed": packed, "sliding": score},
-        "dataset": "fineweb10B_sp1024", "model_params": 25_000_000, "code_sha256": "c0de",
-        "bytes_code": 90_000, "bytes_model": 15_000_000 + seed, "time": 1000.0 + seed,
-    }  # fmt: skip
-    return made | changes
+def facts_of(seed: int, **changes: Any) -> train_gpt.TrainingFacts:
+    facts = train_gpt.TrainingFacts(
+        step_stop=4000 + seed,
+        wallclock_seconds=598.0 + seed,
+        seed=seed,
+        qat_steps=600,
+        step_avg_ms=150.0,
+        swa_steps=800,
+        train_shards=80,
+        train_tokens=10**10,
+        final_train_loss=2.0,
+        interrupted=False,
+        graphs_compiled_on_clock=0,
+        fault="",
+    )
+    return dataclasses.replace(facts, **changes)
+
+
+def scores_of(seed: int, loss: float) -> dict[str, train_gpt.Score]:
+    """With 0.4 bpb a nat; before sliding, 0.01 nats worse."""
+    text_bytes = round(TOKENS / math.log(2) / 0.4)
+    sliding = train_gpt.Score(loss * TOKENS, TOKENS, text_bytes, seconds=5.0 + seed)
+    packed = dataclasses.replace(sliding, nats=(loss + 0.01) * TOKENS)
+    return {"trained": packed, "averaged": packed, "packed": packed, "sliding": sliding}
+
+
+def result(
+    seed: int,
+    loss: float,
+    *,
+    settings: dict[str, Any] | None = None,
+    facts: dict[str, Any] | None = None,
+    dataset: str = "fineweb10B_sp1024",
+    hardware: str = GPUS,
+    source: Path = train_gpt.SOURCE,
+    **changes: Any,
+) -> dict[str, Any]:
+    """What `train_gpt.write_result` leaves of a run, with `changes` of what is no recipe."""
+    mine: dict[str, Any] = {"seed": seed, "output_dir": f"/runs/{seed}"} | (settings or {})
+    h = dataclasses.replace(CARD, **mine)
+    training = facts_of(seed, **facts or {})
+    outcome = train_gpt.RunResult(scores_of(seed, loss), training, 90_000, 15_000_000 + seed)
+    evaluator = SimpleNamespace(dataset=dataset)
+    environment = {"hardware": hardware, "torch": "2.11.0"}
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_gpt, "SOURCE", source)
+        patch.setattr(record, "write_submission", lambda folder, env, log: None)
+        session = SimpleNamespace(
+            h=h,
+            files=SimpleNamespace(folder=Path(folder)),
+            log=train_gpt.RunLog(None),
+            evaluator=evaluator,
+            environment=environment,
+        )
+        train_gpt.write_result(session, outcome, training)  # type: ignore[arg-type]
+        (path,) = Path(folder).iterdir()
+        assert path.name == f"result_seed{seed}.json"
+        made: dict[str, Any] = json.loads(path.read_text())
+    return made | {"time": 1000.0 + seed} | changes
 
 
 def merge(folder: Path, *results: dict[str, Any], **env: str) -> tuple[dict[str, Any], list[str]]:
@@ -101,14 +149,13 @@ def test_a_second_run_of_a_seed_replaces_the_first(tmp_path: Path) -> None:
     assert report["val_loss"] == pytest.approx(2.0) and report["seeds"] == [2, 1]
 
 
-SETTING = {"settings": CARD | {"matrix_lr": 0.5}}
-OTHER = [  # what may not differ, and how the log calls it
-    (SETTING, "matrix_lr"),
-    ({"code_sha256": "0ther"}, "code"),
+OTHER: list[tuple[dict[str, Any], str]] = [  # what may not differ, and how the log calls it
+    ({"settings": {"matrix_lr": 0.5}}, "matrix_lr"),
+    ({"source": REPO / "record.py"}, "code"),
     ({"dataset": "proxy"}, "dataset"),
-    ({"environment": {"hardware": "1 x NVIDIA H100 80GB HBM3", "torch": "2.11.0"}}, "hardware"),
-    ({"training": result(1, 2.0)["training"] | {"interrupted": True}}, "whole_run"),
-    ({"training": result(1, 2.0)["training"] | {"fault": "step 9: nan"}}, "whole_run"),
+    ({"hardware": "1 x NVIDIA H100 80GB HBM3"}, "hardware"),
+    ({"facts": {"interrupted": True}}, "whole_run"),
+    ({"facts": {"fault": "step 9: nan"}}, "whole_run"),
 ]
 
 
@@ -117,7 +164,7 @@ def test_another_recipe_is_not_merged_and_the_log_says_why(
     changes: dict[str, Any], name: str, tmp_path: Path
 ) -> None:
     for newest in (False, True):  # the newest run decides, whichever it is
-        odd = result(1, 9.0, **copy.deepcopy(changes), time=2000.0 if newest else 500.0)
+        odd = result(1, 9.0, **changes, time=2000.0 if newest else 500.0)
         report, lines = merge(tmp_path, odd, result(2, 2.0), result(3, 2.0))
         assert report["seeds"] == ([1] if newest else [2, 3])
         refused = [line for line in lines if line.startswith("seeds:")]
@@ -125,16 +172,50 @@ def test_another_recipe_is_not_merged_and_the_log_says_why(
         assert all(f"of another {name} and" in line for line in refused), lines
 
 
-def test_paths_and_names_of_a_run_are_no_part_of_its_recipe(tmp_path: Path) -> None:
-    assert set(record.PER_RUN) < CARD.keys()
-    other = {name: "other" for name in record.PER_RUN if name != "seed"}
-    report, _ = merge(tmp_path, result(1, 2.0), result(2, 2.2, settings=CARD | other))
+def other_value(field: dataclasses.Field[Any]) -> Any:
+    """A value of a setting that is allowed and not the card's."""
+    value = getattr(CARD, field.name)
+    if isinstance(value, str):
+        return field.metadata["choices"][-1] if field.metadata["choices"] else "other"
+    return value + 1
+
+
+@pytest.mark.parametrize("name", sorted(PER_RUN))
+def test_a_setting_of_a_run_alone_is_no_part_of_its_recipe(name: str, tmp_path: Path) -> None:
+    (field,) = [field for field in FIELDS if field.name == name]
+    changed = {name: other_value(field)}
+    assert changed[name] != getattr(CARD, name)
+    report, _ = merge(tmp_path, result(1, 2.0), result(2, 2.2, settings=changed))
     assert report["seeds"] == [1, 2]
-    numbers = {name for name, value in CARD.items() if not isinstance(value, str)}
-    assert numbers & set(record.PER_RUN) == {"seed", "val_loss_every", "train_log_every"}
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"time": 1}'])
+def test_only_paths_names_and_two_intervals_are_per_run() -> None:
+    numbers = {field.name for field in FIELDS if not isinstance(getattr(CARD, field.name), str)}
+    assert numbers & PER_RUN == {"seed", "val_loss_every", "train_log_every"}
+    assert PER_RUN - numbers == {
+        "preset", "run_id", "device", "compile_backend", "data_path", "tokenizer_path",
+        "output_dir", "eval_only", "resume_from", "on_interrupt", "eval_dump",
+    }  # fmt: skip
+
+
+def test_a_recipe_holds_every_other_setting_and_five_facts() -> None:
+    facts = {"code", "dataset", "val_tokens", "hardware", "whole_run"}
+    settings = {field.name for field in FIELDS} - PER_RUN
+    recipe = record.recipe_of(result(1, 2.0))
+    assert set(recipe) == settings | facts
+    assert {name: recipe[name] for name in settings} == {n: getattr(CARD, n) for n in settings}
+    assert recipe["val_tokens"] == TOKENS and recipe["whole_run"] is True
+
+
+def test_a_result_has_the_seed_of_its_training(tmp_path: Path) -> None:
+    """Whatever SEED is where RESUME_FROM goes on with it; `result` checks the file's name."""
+    report, _ = merge(tmp_path, result(3, 2.0, settings={"seed": 9, "resume_from": "a.pt"}))
+    assert report["seeds"] == [3]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"time": 1}', '{"recipe": {}}', '{"recipe": 1, "time": 1}']
+)
 def test_a_damaged_result_is_left_out_by_name(text: str, tmp_path: Path) -> None:
     (tmp_path / "result_seed9.json").write_text(text)
     report, lines = merge(tmp_path, result(1, 2.0))
@@ -238,7 +319,7 @@ def test_three_seeds_within_every_limit_comply(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "rule"),
     [
-        ({"training": result(2, 2.0)["training"] | {"wallclock_seconds": 600.1}}, "train_seconds"),
+        ({"facts": {"wallclock_seconds": 600.1}}, "train_seconds"),
         ({"scores": {"packed": result(2, 2.0)["scores"]["packed"] | {"seconds": 601.0}}},
          "eval_seconds"),
         ({"bytes_model": 15_910_001}, "artifact_bytes"),
@@ -258,8 +339,8 @@ def re_line(rule: str) -> str:
 
 
 def test_a_proxy_run_on_one_gpu_breaks_data_and_hardware_rules(tmp_path: Path) -> None:
-    environment = {"hardware": "1 x NVIDIA H100 80GB HBM3", "torch": "2.11.0"}
-    report, _ = merge(tmp_path, result(1, 2.0, dataset="proxy", environment=environment))
+    proxy = result(1, 2.0, dataset="proxy", hardware="1 x NVIDIA H100 80GB HBM3")
+    report, _ = merge(tmp_path, proxy)
     broken = [name for name, held in fits(report).items() if not held]
     assert broken == ["seeds", "val_tokens", "hardware"]
 

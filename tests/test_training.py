@@ -65,6 +65,13 @@ def new_trainer(h: Hyperparameters, runtime: Runtime | None = None) -> Trainer:
     return Trainer(h, runtime or cpu_runtime(), train_gpt.Kernels())
 
 
+def new_session(h: Hyperparameters, evaluator: Evaluator) -> train_gpt.Session:
+    """What the stages of a run share; its log is train.log in OUTPUT_DIR."""
+    files = train_gpt.RunFiles(h)
+    log = train_gpt.RunLog(files.folder / "train.log")
+    return train_gpt.Session(h, cpu_runtime(), files, log, evaluator, {}, train_gpt.Kernels())
+
+
 class Run:
     """`train` on generated data, and what it printed."""
 
@@ -141,10 +148,11 @@ def state_of(trainer: Trainer) -> dict[str, Tensor]:
     state |= {f"mean {n}": t for n, t in trainer.average.mean.items()}
     for bank in optimizer.banks:
         state |= {f"padded {bank.name}": bank.padded, f"momentum {bank.name}": bank.momentum}
+        state[f"mean square {bank.name}"] = bank.mean_square
     state |= {
-        "adamw mean": optimizer.mean,
-        "adamw square": optimizer.square,
-        "adamw steps": optimizer.steps,
+        "adamw mean": optimizer.small.mean,
+        "adamw square": optimizer.small.mean_square,
+        "steps done": optimizer.steps_done,
         "torch rng": torch.get_rng_state(),
         "numpy rng": torch.from_numpy(np.random.get_state()[1].astype(np.int64)),  # type: ignore
         "average count": torch.tensor(trainer.average.count),
@@ -159,7 +167,7 @@ def test_warm_up_leaves_every_state_bit_equal() -> None:
     inner = trainer.train_step
 
     def recording(*args: Any) -> Tensor:
-        rounding.append(trainer.optimizer.qat_step is not None)
+        rounding.append(trainer.optimizer.late_qat.on)
         return inner(*args)
 
     trainer.train_step = recording  # type: ignore
@@ -168,7 +176,7 @@ def test_warm_up_leaves_every_state_bit_equal() -> None:
     after = state_of(trainer)
     assert before.keys() == after.keys()
     assert [name for name in before if not torch.equal(before[name], after[name])] == []
-    assert trainer.optimizer.qat_step is None
+    assert not trainer.optimizer.late_qat.on and trainer.qat_steps == 0
     assert all(p.grad is None for p in trainer.model.parameters())
 
 
@@ -208,10 +216,10 @@ def test_no_graph_is_compiled_on_the_clock(tmp_path: Path, monkeypatch: pytest.M
         monkeypatch.setattr(Trainer, "warm_up", then_forbid)
         run = Run(h, tmp_path / "graphs", compiled())
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0, "nothing was compiled at all"
-    assert run.facts["graphs_compiled_on_clock"] == 0
-    assert run.facts["qat_steps"] >= 2 and run.facts["swa_steps"] >= 2
+    assert run.facts.graphs_compiled_on_clock == 0
+    assert run.facts.qat_steps >= 2 and run.facts.swa_steps >= 2
     assert any("val_bpb" in line for line in run.lines)
-    losses = [r.facts["final_train_loss"] for r in (plain, run)]
+    losses = [r.facts.final_train_loss for r in (plain, run)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
@@ -220,7 +228,7 @@ def test_graphs_compiled_on_the_clock_are_counted(
 ) -> None:
     without_warm_up(monkeypatch)
     run = Run(tiny(**TWO_LAYERS, iterations=1, qat_threshold=0.0), tmp_path, compiled())
-    assert run.facts["graphs_compiled_on_clock"] > 0
+    assert run.facts.graphs_compiled_on_clock > 0
 
 
 # Micro-batches and layout
@@ -230,8 +238,8 @@ def test_graphs_compiled_on_the_clock_are_counted(
 def test_micro_batches_change_no_loss(micro_batch_tokens: int, tmp_path: Path) -> None:
     whole = losses_of(tiny(), tmp_path, 5)
     parts = losses_of(tiny(micro_batch_tokens=micro_batch_tokens), tmp_path, 5)
-    assert new_trainer(tiny(micro_batch_tokens=micro_batch_tokens)).micro == 256 // (
-        micro_batch_tokens
+    assert new_trainer(tiny(micro_batch_tokens=micro_batch_tokens)).layout.micro == (
+        256 // micro_batch_tokens
     )
     assert parts == pytest.approx(whole, rel=1e-5)
 
@@ -281,9 +289,9 @@ def test_training_ends_inside_the_cap_and_uses_it(
     cap: float, tmp_path: Path, clock: FakeClock
 ) -> None:
     run = Run(tiny(iterations=10_000, max_wallclock_seconds=cap), tmp_path)
-    assert cap - 0.51 < run.facts["wallclock_seconds"] <= cap
-    assert run.facts["step_stop"] == round(run.facts["wallclock_seconds"] / 0.1)
-    assert run.facts["step_avg_ms"] == pytest.approx(100, abs=0.1)
+    assert cap - 0.51 < run.facts.wallclock_seconds <= cap
+    assert run.facts.step_stop == round(run.facts.wallclock_seconds / 0.1)
+    assert run.facts.step_avg_ms == pytest.approx(100, abs=0.1)
 
 
 def test_a_capped_run_still_warms_down_averages_and_rounds(
@@ -299,21 +307,21 @@ def test_a_capped_run_still_warms_down_averages_and_rounds(
         ),
         tmp_path,
     )
-    assert run.facts["swa_steps"] >= 4 and run.facts["qat_steps"] >= 3
-    assert run.facts["swa_steps"] >= run.facts["qat_steps"]
+    assert run.facts.swa_steps >= 4 and run.facts.qat_steps >= 3
+    assert run.facts.swa_steps >= run.facts.qat_steps
 
 
 def test_the_clock_stops_for_validation_and_warm_up(tmp_path: Path, clock: FakeClock) -> None:
     run = Run(tiny(iterations=6, max_wallclock_seconds=3.0, val_loss_every=2), tmp_path)
-    assert run.facts["step_stop"] == 6
-    assert run.facts["wallclock_seconds"] == pytest.approx(0.6)
+    assert run.facts.step_stop == 6
+    assert run.facts.wallclock_seconds == pytest.approx(0.6)
     assert sum("val_bpb" in line for line in run.lines) == 2
     assert clock.now > 160
 
 
 def test_without_a_cap_only_the_steps_count(tmp_path: Path, clock: FakeClock) -> None:
     run = Run(tiny(iterations=7), tmp_path)
-    assert run.facts["step_stop"] == 7
+    assert run.facts.step_stop == 7
 
 
 @pytest.mark.parametrize("cap", [1e-10, 0.05])
@@ -321,7 +329,7 @@ def test_a_cap_shorter_than_a_step_still_ends_cleanly(
     cap: float, tmp_path: Path, clock: FakeClock
 ) -> None:
     run = Run(tiny(iterations=7, max_wallclock_seconds=cap), tmp_path)
-    assert run.facts["step_stop"] <= 2
+    assert run.facts.step_stop <= 2
 
 
 # The loop
@@ -344,7 +352,7 @@ def test_a_signal_after_the_ranks_agreed_counts_at_the_next_step(
     monkeypatch.setattr(Runtime, "agree_on", interrupting)
     before = signal.getsignal(signal.SIGTERM)
     run = Run(tiny(iterations=8), tmp_path)
-    assert run.facts["interrupted"] and run.facts["step_stop"] == 3
+    assert run.facts.interrupted and run.facts.step_stop == 3
     assert signal.getsignal(signal.SIGTERM) is before
 
 
@@ -403,7 +411,7 @@ def test_the_averages_are_the_mean_of_the_last_steps(tmp_path: Path, steps: list
     h = tiny(iterations=8, warmdown_fraction=1.0, swa_threshold=0.6, qat_threshold=0.0)
     run = Run(h, tmp_path)
     averaged = [step.masters for step in steps if step.lr < 0.6]
-    assert len(steps) == 8 and run.facts["swa_steps"] == len(averaged) == 4
+    assert len(steps) == 8 and run.facts.swa_steps == len(averaged) == 4
     for name, mean in run.stages["averaged"].items():
         expected = torch.stack([masters[name].double() for masters in averaged]).mean(0)
         torch.testing.assert_close(mean.double(), expected, rtol=1e-5, atol=1e-6, msg=name)
@@ -412,7 +420,7 @@ def test_the_averages_are_the_mean_of_the_last_steps(tmp_path: Path, steps: list
 
 def test_without_averaging_the_averages_are_the_trained_weights(tmp_path: Path) -> None:
     run = Run(tiny(iterations=3, swa_threshold=0.0, qat_threshold=0.0), tmp_path)
-    assert run.facts["swa_steps"] == run.facts["qat_steps"] == 0
+    assert run.facts.swa_steps == run.facts.qat_steps == 0
     for name, weight in run.stages["trained"].items():
         assert torch.equal(run.stages["averaged"][name], weight)
 
@@ -444,9 +452,7 @@ def obtain(h: Hyperparameters, folder: Path) -> str:
     """The message with which training ends; `folder` gets its shards and what it saves."""
     h = dataclasses.replace(h, data_path=str(folder), output_dir=str(folder))
     write_shard(folder / "fineweb_train_000000.bin", counting_tokens(3000, 0))
-    runtime, log = cpu_runtime(), train_gpt.RunLog(folder / "train.log")
-    evaluator = new_evaluator(h, runtime)
-    return refusal(train_gpt.obtain_weights, h, runtime, log, evaluator, train_gpt.Kernels())
+    return refusal(train_gpt.train_or_load, new_session(h, new_evaluator(h, cpu_runtime())))
 
 
 class Fault(NamedTuple):
@@ -517,7 +523,7 @@ def test_a_state_that_is_not_finite_is_not_saved(
     def poisoning(self: Trainer, *args: Any) -> Tensor:
         loss = step(self, *args)
         if next(calls) == 5:
-            self.optimizer.flat_master.fill_(float("nan"))
+            self.optimizer.small.master.fill_(float("nan"))
             loss = loss + float("nan")
         return loss
 
@@ -561,10 +567,8 @@ def test_the_progress_line_counts_the_flops_of_the_model() -> None:
     h = Hyperparameters(train_batch_tokens=98_304, iterations=1600)
     evaluator = SimpleNamespace(h=h, targets=1000, text_bytes=2600,
                                 runtime=Runtime(torch.device("cuda")))  # fmt: skip
-    queue = train_gpt.StepQueue(evaluator, train_gpt.RunLog(None))  # type: ignore[arg-type]
-    queue.ends.append(70.1)
-    queue.pace = 0.0701
-    line = queue.status(1000, 2.0)
+    lines = train_gpt.Progress(evaluator, train_gpt.RunLog(None))  # type: ignore[arg-type]
+    line = lines.status(1000, 2.0, clock=70.1, seconds=0.0701)
     assert "MFU:37% left:42s" in line and "1,402,340 tokens/s" in line
     assert f"bpb:{2 / math.log(2) / 2.6:.3f}" in line
 
@@ -599,11 +603,10 @@ def legality(tmp_path_factory: pytest.TempPathFactory) -> Legality:
         opened.append(path.name)
         return read(path)
 
-    log = train_gpt.RunLog(folder / "train.log")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_gpt, "read_shard", noting)
         steps = recorded_steps(patch)
-        train_gpt.obtain_weights(h, cpu_runtime(), log, evaluator, train_gpt.Kernels())
+        train_gpt.train_or_load(new_session(h, evaluator))
     return Legality(opened, steps, (folder / "train.log").read_text().splitlines())
 
 
