@@ -55,7 +55,8 @@ def load_results(folder: Path, log: Log) -> list[Result]:
     merged = []
     wanted = recipe_of(newest[2])
     for _, name, result in found:
-        other = [key for key, value in recipe_of(result).items() if value != wanted.get(key)]
+        recipe = recipe_of(result)
+        other = [key for key in recipe | wanted if recipe.get(key) != wanted.get(key)]
         if other:
             log(f"seeds: {name} is of another {', '.join(other[:5])} and is not merged")
         else:

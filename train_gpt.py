@@ -249,21 +249,7 @@ class Hyperparameters:
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> Hyperparameters:
         """Preset plus overrides.  A name that looks like a setting but is none is refused."""
-        # Annotations are strings in this file, so a field's type is the name of its type.
-        kinds = {field.name.upper(): str(field.type) for field in dataclasses.fields(cls)}
-        preset = env.get("PRESET", "card")
-        require(preset in PRESETS, f"PRESET={preset!r}: unknown; set one of {', '.join(PRESETS)}")
-        values = dict(PRESETS[preset])
-        for name, text in env.items():
-            if name in kinds:
-                values[name.lower()] = parse_override(name, text, kinds[name])
-                continue
-            if name in RETIRED:
-                raise RunError(f"{name}={text!r}: not a setting here; set {RETIRED[name]}")
-            close = difflib.get_close_matches(name, kinds, n=1, cutoff=0.9)
-            if close:
-                raise RunError(f"{name}={text!r}: unknown variable; did you mean {close[0]}?")
-        return cls(**values)
+        return cls(**preset_of(env) | overrides(env))
 
     def __post_init__(self) -> None:
         """Raises RunError for the first value or combination that cannot run."""
@@ -376,29 +362,56 @@ OF_THIS_PROCESS = (
 )
 
 
-def settings_of_weights(
-    h: Hyperparameters, saved: Mapping[str, Any], env: Mapping[str, str]
-) -> Hyperparameters:
-    """`h` with the settings that a checkpoint was trained with.
+def settings_of_process(env: Mapping[str, str]) -> Hyperparameters:
+    """All that RESUME_FROM's checkpoint is read with: its own settings are not known yet."""
+    chosen = preset_of(env) | overrides(env)
+    return Hyperparameters(**{name: chosen[name] for name in OF_THIS_PROCESS if name in chosen})
+
+
+def settings_of_weights(saved: Mapping[str, Any], env: Mapping[str, str]) -> Hyperparameters:
+    """The settings that RESUME_FROM's checkpoint was trained with.
 
     A variable in `env` wins where it changes only what comes after training.  Raises RunError for
     one that would have trained other weights.
     """
-    values = {}
-    for field in dataclasses.fields(h):
+    chosen = overrides(env)
+    values = preset_of(env)
+    for field in dataclasses.fields(Hyperparameters):
         name = field.name
         if name in OF_THIS_PROCESS or name not in saved:
             continue
-        if name.upper() not in env:
-            values[name] = saved[name]
-            continue
-        value = getattr(h, name)
+        values[name] = saved[name]
+        value = chosen.get(name, saved[name])
         require(
             value == saved[name] or not field.metadata["trains"],
-            f"{name.upper()}={value!r}: RESUME_FROM={h.resume_from} was trained with "
+            f"{name.upper()}={value!r}: RESUME_FROM={env['RESUME_FROM']} was trained with "
             f"{saved[name]!r}; unset it or set {name.upper()}={saved[name]}",
         )
-    return dataclasses.replace(h, **values)
+    return Hyperparameters(**values | chosen)
+
+
+def preset_of(env: Mapping[str, str]) -> dict[str, Any]:
+    preset = env.get("PRESET", "card")
+    require(preset in PRESETS, f"PRESET={preset!r}: unknown; set one of {', '.join(PRESETS)}")
+    return dict(PRESETS[preset])
+
+
+def overrides(env: Mapping[str, str]) -> dict[str, Any]:
+    """Values by field.  Raises RunError for what looks like a setting but is none."""
+    # Annotations are strings in this file, so a field's type is the name of its type.
+    fields = dataclasses.fields(Hyperparameters)
+    kinds = {field.name.upper(): str(field.type) for field in fields}
+    values = {}
+    for name, text in env.items():
+        if name in kinds:
+            values[name.lower()] = parse_override(name, text, kinds[name])
+            continue
+        if name in RETIRED:
+            raise RunError(f"{name}={text!r}: not a setting here; set {RETIRED[name]}")
+        close = difflib.get_close_matches(name, kinds, n=1, cutoff=0.9)
+        if close:
+            raise RunError(f"{name}={text!r}: unknown variable; did you mean {close[0]}?")
+    return values
 
 
 def parse_override(name: str, text: str, kind: str) -> int | float | str:
@@ -605,14 +618,14 @@ def read_shard(path: Path) -> np.ndarray:
 
 def is_shard(name: str, split: str = "(train|val)") -> bool:
     """Six digits exactly: a second download, or bytes per token beside the tokens, is no shard."""
-    return re.fullmatch(rf"fineweb_{split}_\d{{6}}\.bin", name) is not None
+    return re.fullmatch(rf"fineweb_{split}_[0-9]{{6}}\.bin", name) is not None
 
 
 def no_shards(data_path: str) -> list[str]:
     """Names of the files that look like shards and are not read as such."""
     folder = Path(data_path)
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    alike = [name for name in names if name.startswith("fineweb_") or name.endswith(".bin")]
+    alike = [name for name in names if re.search(r"^fineweb_|\.bin\b", name, re.IGNORECASE)]
     return [name for name in alike if not is_shard(name)]
 
 
@@ -632,14 +645,15 @@ def open_split(data_path: str, split: str) -> list[np.ndarray]:
 def digest_of(shards: list[np.ndarray]) -> str:
     """SHA-256 of the tokens of a split, in their order.
 
-    Of a shard with more than 2^20 tokens it takes 256 blocks of 4,096, evenly spread: 16 GB of
-    training text would take a minute, and another text differs in every block.
+    Of a shard in a split of more than 2^28 tokens it takes 256 blocks of 4,096, evenly spread: 16
+    GB of training text would take a minute, and another text differs in every block.
     """
+    whole = sum(map(len, shards)) <= 1 << 28  # half a second
     digest = hashlib.sha256()
     for shard in shards:
         digest.update(struct.pack("<q", len(shard)))
-        if len(shard) <= 1 << 20:
-            digest.update(shard.tobytes())
+        if whole or len(shard) <= 1 << 20:
+            digest.update(shard.data)
             continue
         for first in np.linspace(0, len(shard) - 4096, 256).astype(int):
             digest.update(shard[first : first + 4096].tobytes())
@@ -650,7 +664,7 @@ def read_manifest(data_path: str) -> dict[str, Any]:
     """The manifest.json that prepare_data.py writes beside shards; empty if there is none."""
     try:
         manifest = json.loads((Path(data_path) / "manifest.json").read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return manifest if isinstance(manifest, dict) else {}
 
@@ -662,8 +676,10 @@ def check_tokenizer(h: Hyperparameters) -> None:
     found = hashlib.sha256(model).hexdigest()
     if isinstance(stated, dict):
         stated = stated.get("sha256")
-    elif isinstance(stated, str):  # manifests before version 2
+    elif isinstance(stated, str) and len(stated) == 32:  # manifests before version 2
         found = hashlib.blake2b(model, digest_size=16).hexdigest()
+    else:  # of another program: the check of documents remains
+        return
     require(
         stated in (None, found),
         f"TOKENIZER_PATH={h.tokenizer_path}: its digest is {found}, but manifest.json in "
@@ -925,17 +941,30 @@ def text_bytes(tokens: np.ndarray, table: ByteTable) -> tuple[int, str | None]:
 def foreign_tokenizer(tokens: np.ndarray, table: ByteTable) -> str | None:
     """A line for the log if the shards seem to be of another tokenizer, else None.
 
-    Encoding what a document decodes to gives its tokens again.  With another tokenizer of the same
-    size, tokens decode to fragments that it would never encode so.
+    Encoding what a document decodes to gives its tokens again, but for a dummy space that stays in
+    the text.  With another tokenizer of the same size, tokens decode to fragments that it would
+    never encode so.
     """
-    if table.decoder is None:
+    decoder = table.decoder
+    if decoder is None:
         return None
     sample = tokens[: 1 << 17]
-    documents = np.split(sample, np.flatnonzero(sample == BOS_ID))[1:]
-    whole = documents[:-1] or documents  # the last one may be cut
-    known = [document[1:].tolist() for document in whole if not table.boundary[document[1:]].any()]
-    same = sum(table.decoder.encode(table.decoder.decode(ids)) == ids for ids in known)
-    if same >= len(known) / 2:
+    control = np.array(decoder.is_control(list(range(len(table.base)))))
+    parts = np.split(sample, np.flatnonzero(control[sample]))
+    # The first part has no beginning, the last one may be cut; unknown text has no tokens.
+    known = [part[1:] for part in parts[1:-1] if not table.boundary[part[1:]].any()]
+    known = [document for document in known if len(document)]
+    edge = 0
+    if not known:  # blocks then, less what a cut changes at their ends
+        runs = np.split(sample, np.flatnonzero(table.boundary[sample]))
+        known = [run[i : i + 64] for run in runs for i in range(1, len(run) - 32, 64)]
+        edge = 8
+
+    same = 0
+    for ids in known:
+        again = np.array(decoder.encode(decoder.decode(ids.tolist())), dtype=ids.dtype)
+        same += ids[edge : len(ids) - edge].tobytes() in again.tobytes()
+    if same >= 0.8 * len(known):
         return None
     return (
         f"only {same} of {len(known)} validation documents give their tokens again when their text "
@@ -3268,7 +3297,7 @@ def load_checkpoint(
         raise RunError(
             f"RESUME_FROM={h.resume_from}: not the final_model.pt of a run of this version"
         ) from None
-    h = settings_of_weights(h, settings, env)
+    h = settings_of_weights(settings, env)
     shapes = {name: row.shape for name, row in parameter_table(h).items()}
     for stage in checkpoint.stages.values():
         found = {name: tuple(w.shape) for name, w in stage.items()}
@@ -3407,10 +3436,12 @@ def main() -> None:
     try:
         for number in ending_signals():  # outside of training each of them is a Ctrl-C
             signal.signal(number, interrupt)
-        h = Hyperparameters.from_env(os.environ)
+        resumes = bool(os.environ.get("RESUME_FROM"))
+        settings_from = settings_of_process if resumes else Hyperparameters.from_env
+        h = settings_from(os.environ)
         runtime = Runtime.start(h, os.environ)
         checkpoint = None
-        if h.resume_from:
+        if resumes:
             h, checkpoint = load_checkpoint(h, runtime, os.environ)
         if h.data_path == "sample":
             from prepare_data import with_sample
