@@ -42,6 +42,8 @@ from support import (
     train_gpt,
 )
 
+from train_gpt import load_checkpoint, settings_of_process
+
 # Root may read and write everything, so refusals come from the interpreter: a hook that sees every
 # file being opened.
 REFUSING = """
@@ -128,7 +130,7 @@ def test_an_old_torch_is_refused_first_and_by_its_version(version: str, tmp_path
     )
     (package / "version.py").write_text(f"__version__ = {version!r}\n")
     done = completed(REPO / "train_gpt.py", PYTHONPATH=tmp_path)
-    check_refusal(done, f"torch is {version}", "2.11 to 2.13", "requirements.txt")
+    check_refusal(done, f"torch is {version}", "2.11 to 2.14", "requirements.txt")
 
 
 # Artifacts
@@ -146,9 +148,14 @@ def artifact_file(entry: Path) -> Path:
 
 
 def test_the_program_alone_trains_packs_and_scores(artifact_file: Path) -> None:
-    assert {path.name for path in artifact_file.parent.iterdir()} == {
-        "train_gpt.py", "train.log", "train_seed1337.log", "final_model.pt", "final_model.ptz"
+    """It leaves its result, which record.py can merge later, and no submission.json."""
+    folder = artifact_file.parent
+    assert {path.name for path in folder.iterdir()} == {
+        "train_gpt.py", "train.log", "train_seed1337.log", "final_model.pt", "final_model.ptz",
+        "result_seed1337.json", "run.lock",
     }  # fmt: skip
+    result = json.loads((folder / "result_seed1337.json").read_text())
+    assert result["bytes_model"] == artifact_file.stat().st_size
 
 
 @pytest.mark.parametrize("fault", ["truncated", "tampered", "foreign", "missing"])
@@ -184,8 +191,8 @@ def diverged(entry: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dic
         (out / name).write_text(EARLIER)
     step, count = train_gpt.Trainer.train_step, iter(range(1, 100))
 
-    def diverging(*arguments: Any) -> torch.Tensor:
-        return step(*arguments) + (math.nan if next(count) == 5 else 0.0)
+    def diverging(*arguments: Any, **options: Any) -> torch.Tensor:
+        return step(*arguments, **options) + (math.nan if next(count) == 5 else 0.0)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_gpt.Trainer, "warm_up", lambda self, evaluator: None)
@@ -209,8 +216,9 @@ def test_what_a_diverged_run_saved_can_be_packed_and_scored(
 ) -> None:
     settings, _ = diverged
     saved = f"{settings['output_dir']}/final_model.partial.pt"
-    resumed = settings | {"resume_from": saved, "output_dir": str(tmp_path)}
-    train_gpt.run(tiny(**resumed), cpu_runtime())
+    env = {"RESUME_FROM": saved, "OUTPUT_DIR": str(tmp_path), "DEVICE": "cpu"}
+    h, checkpoint = load_checkpoint(settings_of_process(env), cpu_runtime(), env)
+    train_gpt.run(h, cpu_runtime(), checkpoint)
     report = json.loads((tmp_path / "submission.json").read_text())
     assert report["recipe"]["whole_run"] is False
     assert math.isfinite(report["val_bpb"]) and (tmp_path / "final_model.ptz").stat().st_size > 0
