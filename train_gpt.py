@@ -3451,6 +3451,9 @@ def main() -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
     except (RunError, OSError, RuntimeError, KeyboardInterrupt) as error:
+        speaks = (os.environ.get("RANK") or "0") == "0"
+        for number in ending_signals():  # torchrun ends the ranks that wait for rank 0 to speak
+            signal.signal(number, signal.SIG_IGN if speaks else signal.SIG_DFL)
         lost_a_rank = isinstance(error, RuntimeError) and "gloo" in str(error).lower()
         if isinstance(error, RuntimeError) and not lost_a_rank:
             raise  # a bug, not a collective whose peer has gone
