@@ -957,7 +957,7 @@ def foreign_tokenizer(tokens: np.ndarray, table: ByteTable) -> str | None:
     edge = 0
     if not known:  # blocks then, less what a cut changes at their ends
         runs = np.split(sample, np.flatnonzero(table.boundary[sample]))
-        known = [run[i : i + 64] for run in runs for i in range(1, len(run) - 32, 64)]
+        known = [run[i : i + 256] for run in runs for i in range(1, len(run) - 32, 256)]
         edge = 8
 
     same = 0

@@ -1,12 +1,14 @@
 """Claims about shards, the batch plan, the prefetcher and the byte tables."""
 
 import itertools
+import shutil
 import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import small_run
 import support
 import torch
 
@@ -122,6 +124,123 @@ def test_an_empty_data_folder_is_refused_with_pattern_and_remedy(
     assert f"DATA_PATH={tmp_path}" in message
     assert f"found no fineweb_{split}_NNNNNN.bin; " in message
     assert "DATA_PATH=sample" in message
+
+
+LOOK_ALIKES = [
+    "fineweb_{}_0000000.bin",
+    "fineweb_{}_00000.bin",
+    "fineweb_{}_bytes_000000.bin",
+    "fineweb_{}_000000 (1).bin",
+    "fineweb_{}_000000(1).bin",
+    "fineweb_{}_000000-copy.bin",
+    "fineweb_{}_000000.bin.bin",
+    "fineweb_{}_000000.bin.part",
+    "fineweb_{}_000000.BIN",
+    "fineweb_{}_000000.bin~",
+    "fineweb_{}_00000a.bin",
+    "fineweb_{}_-00001.bin",
+    "fineweb_{}_ 00000.bin",
+    "fineweb_{}_\u0660\u0660\u0660\u0660\u0660\u0660.bin",
+    "fineweb_{}_000000\n.bin",
+    "fineweb_{}_.bin",
+    "fineweb_{}.bin",
+    "FINEWEB_{}_000000.BIN",
+    "FineWeb_{}_000000.bin",
+    "._fineweb_{}_000000.bin",
+    "xfineweb_{}_000000.bin",
+    "my_fineweb_{}_000000.bin",
+    "{}_000000.bin",
+]
+
+
+@pytest.mark.parametrize("pattern", LOOK_ALIKES)
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_what_only_looks_like_a_shard_is_named_and_not_read(
+    split: str, pattern: str, tmp_path: Path
+) -> None:
+    """Tokens beside it are read alone; it may hold anything, here what no shard holds."""
+    name = pattern.format(split)
+    (tmp_path / name).write_bytes(b"bytes of each token")
+    message = support.refusal(lambda: open_split(str(tmp_path), split)).replace("\\n", "\n")
+    assert f"found no fineweb_{split}_NNNNNN.bin, only {name!r}".replace("\\n", "\n") in message
+    assert "which are no shards" in message
+    support.write_shard(tmp_path / f"fineweb_{split}_000000.bin", [5, 6])
+    assert [shard.tolist() for shard in open_split(str(tmp_path), split)] == [[5, 6]]
+    assert train_gpt.no_shards(str(tmp_path)) == [name]
+
+
+def test_upper_case_letters_of_a_split_are_no_split(tmp_path: Path) -> None:
+    for name in ("fineweb_VAL_000000.bin", "fineweb_Val_000000.bin"):
+        support.write_shard(tmp_path / name, [5, 6])
+    assert "fineweb_VAL_000000.bin" in support.refusal(open_split, str(tmp_path), "val")
+    assert len(train_gpt.no_shards(str(tmp_path))) == 2
+
+
+def test_other_files_beside_shards_are_not_named(tmp_path: Path) -> None:
+    for name in ("manifest.json", "README.md", "docs.jsonl", "cabin.txt", "fineweb.model"):
+        (tmp_path / name).write_text("x")
+    support.write_shard(tmp_path / "fineweb_val_000000.bin", [5, 6])
+    support.write_shard(tmp_path / "fineweb_train_999999.bin", [5, 6])
+    assert train_gpt.no_shards(str(tmp_path)) == []
+    assert train_gpt.no_shards(str(tmp_path / "absent")) == []
+
+
+def test_the_log_names_look_alikes_and_the_score_is_without_them(tmp_path: Path) -> None:
+    data = small_run.data_in(tmp_path)
+    scores = [small_run.run_here(data, tmp_path / "clean").scores["packed"]]
+    names = ["fineweb_train_000000 (1).bin", "fineweb_val_000000 (1).bin",
+             "fineweb_val_0000001.bin", "fineweb_val_bytes_000000.bin"]  # fmt: skip
+    for name in names:
+        split = "train" if "train" in name else "val"
+        shutil.copy(tmp_path / f"shards/fineweb_{split}_000000.bin", tmp_path / "shards" / name)
+    scores.append(small_run.run_here(data, tmp_path / "more").scores["packed"])
+    assert scores[0].tokens == scores[1].tokens == 999
+    assert scores[0].nats == scores[1].nats
+    log = (tmp_path / "more/train.log").read_text().splitlines()
+    notes = [line for line in log if line.endswith("its name is not that of a shard")]
+    start = f"note: {tmp_path}/shards/"
+    assert [line.removeprefix(start).split(" is not read:")[0] for line in notes] == names
+    assert "not that of a shard" not in "".join(clean_notes(tmp_path / "clean/train.log"))
+
+
+def clean_notes(log: Path) -> list[str]:
+    return [line for line in log.read_text().splitlines() if line.startswith("note:")]
+
+
+@pytest.mark.parametrize("change", ["first", "last", "swapped", "split otherwise", "shorter"])
+@pytest.mark.parametrize("size", [7, (1 << 20) + 5])
+def test_another_text_of_the_same_size_has_another_digest(size: int, change: str) -> None:
+    tokens = np.random.default_rng(0).integers(0, 1000, 2 * size).astype(np.uint16)
+    shards = [tokens[:size], tokens[size:]]
+    changed = [shard.copy() for shard in shards]
+    if change == "first":
+        changed[0][0] ^= 1
+    elif change == "last":
+        changed[1][-1] ^= 1
+    elif change == "swapped":
+        changed.reverse()
+    elif change == "split otherwise":
+        changed = [tokens[: size - 1], tokens[size - 1 :]]
+    else:
+        changed[1] = changed[1][:-1]
+    assert train_gpt.digest_of(changed) != train_gpt.digest_of(shards)
+    assert train_gpt.digest_of([shard.copy() for shard in shards]) == train_gpt.digest_of(shards)
+
+
+def test_any_token_of_a_split_changes_its_digest() -> None:
+    tokens = np.zeros(3 << 20, dtype=np.uint16)
+    whole = train_gpt.digest_of([tokens])
+    for place in np.random.default_rng(0).integers(0, len(tokens), 12):
+        changed = tokens.copy()
+        changed[place] = 1
+        assert train_gpt.digest_of([changed]) != whole, place
+
+
+def test_a_shard_on_disk_has_the_digest_of_its_tokens(tmp_path: Path) -> None:
+    path = support.write_shard(tmp_path / "a.bin", range(3000))
+    assert train_gpt.digest_of([read_shard(path)]) == train_gpt.digest_of(
+        [np.arange(3000, dtype=np.uint16)]
+    )
 
 
 def test_a_token_id_outside_the_vocabulary_is_refused() -> None:
