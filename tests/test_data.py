@@ -15,9 +15,6 @@ import torch
 import train_gpt
 from train_gpt import BatchPlan, RunError, open_split, prefetch, read_shard
 
-BOS = 1
-
-
 # Shards
 
 

@@ -17,6 +17,33 @@
 | too old torch | here |
 | read-only folder | here, and test_run.py "unwritable output" |
 | no record.py beside the program | here |
+
+What the field feeds it, by the numbers of issue 18; the first seven were wrong and silent.
+
+| number, fault | test |
+|---|---|
+| 1 bytes of any tokenizer | test_bytes.py `..._bytes_are_those_of_...`, `..._official_...` |
+| 1 a tokenizer trained without a space | test_prepare_data.py `..._pieces_for_space_and_bytes` |
+| 2 shards that are no shards | test_data.py `..._looks_like_a_shard_...`, `..._look_alikes_...` |
+| 3 RESUME_FROM: settings of the weights | test_resume.py `..._bare_resume_...`, test_run.py |
+| 3 RESUME_FROM: conflicts | test_resume.py `..._refused_by_name`, `..._conflict_...` |
+| 3 RESUME_FROM: code, data, seeds | test_resume.py `..._record_states_...`, `..._resumes_...` |
+| 4 seeds on other data | test_other_data.py `test_seeds_of_...`, test_seeds.py, test_data.py |
+| 5 another tokenizer, with a manifest | test_other_data.py `..._manifest_does_not_name_...` |
+| 5 another tokenizer, without one | test_other_data.py `..._foreign_tokenizer_...` |
+| 6 two runs in one folder | test_lock.py |
+| 7 odd results, numbers that are no JSON | test_odd_results.py |
+| 8 token ids beyond the vocabulary | test_bad_tokens.py, test_data.py `test_prefetch_tells_...` |
+| 9 output, disk or terminal that goes away | test_lost_terminal.py |
+| 9 a rank that waits and is ended | test_resume.py `test_two_ranks_refuse_...` |
+| 10 text in other encodings and forms, twins | test_text_input.py |
+| 11 odd launches, seeds, splits, dumps, names | test_launch.py |
+| 12 GPUs that fused layers do not run on | test_kernel_choice.py |
+| 13 Windows | test_launch.py `test_on_windows_...`, test_prepare_data.py |
+| 14 versions of torch | test_launch.py `..._same_torch`, `test_ci_installs_...`; here |
+| 15 an artifact of exactly the budget | test_pack.py `..._exactly_the_budget_...` |
+| 15 no lr warm-up | test_training.py `test_lr_rises_...` |
+| 15 a slow machine | test_run.py `test_a_capped_run_...`, by a clock that counts looks |
 """
 
 import json

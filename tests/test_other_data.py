@@ -41,7 +41,7 @@ def merging_lines(log: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_seeds_of_another_text_are_not_merged_and_the_log_says_so(
+def test_seeds_of_another_text_are_not_merged_for_its_digest(
     split: str, data: Data, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"

@@ -300,5 +300,6 @@ def test_weights_that_its_settings_do_not_make_are_refused(frontier: Path, tmp_p
 
 
 def test_a_checkpoint_can_be_moved(frontier: Path, tmp_path: Path) -> None:
-    moved = shutil.copy(frontier / "final_model.pt", tmp_path / "renamed.bin")
+    moved = tmp_path / "renamed.bin"
+    shutil.copy(frontier / "final_model.pt", moved)
     assert resume(moved, tmp_path / "out")["recipe"] == result_in(frontier)["recipe"]
