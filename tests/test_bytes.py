@@ -474,7 +474,7 @@ def test_the_evaluator_divides_by_the_bytes_of_the_text(tmp_path: Path) -> None:
     h = support.tiny(vocab_size=len(table.base))
     evaluator = Evaluator(h, support.cpu_runtime(), tokens, table)
     assert evaluator.text_bytes == utf8_bytes(PROSE)
-    assert evaluator.bytes_note == text_bytes(tokens, table)[1] is not None
+    assert evaluator.notes == [text_bytes(tokens, table)[1]] != [None]
 
 
 def test_a_split_without_text_is_refused(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@
 | full disk at export | test_run.py `..._full_disk_...` |
 | truncated, tampered, foreign artifact | test_pack.py, and whole runs here |
 | artifact of another shape | test_run.py `..._another_architecture...` |
-| out of memory in evaluation | test_eval.py `..._runs_out_of_memory...` |
+| out of memory in evaluation | test_eval.py `test_out_of_memory_...` |
 | no GPU | here |
 | too old torch | here |
 | read-only folder | here, and test_run.py "unwritable output" |
