@@ -141,8 +141,10 @@ def test_of_one_command_started_thrice_one_run_ends_whole(data: Data, tmp_path: 
 def test_a_second_run_of_two_ranks_is_refused(data: Data, tmp_path: Path) -> None:
     with running(data, tmp_path) as first:
         done = completed_run(SCRIPT, data, tmp_path, ranks=2)
-        (line,) = errors_of(done.stderr)
-        assert f"error (rank 0): OUTPUT_DIR={tmp_path}: in use by process {first} on " in line
+        line, *others = errors_of(done.stderr)
+        assert line.startswith(f"error (rank 0): OUTPUT_DIR={tmp_path}: in use by process {first} ")
+        # torchrun may end rank 1 before it waits for rank 0.
+        assert others in ([], ["error (rank 1): interrupted"]), done.stderr
         assert done.returncode == 1 and "[rank1]" not in done.stderr
 
 

@@ -156,13 +156,15 @@ def test_the_program_refuses_a_conflict_with_one_line(frontier: Path, tmp_path: 
     assert not list(tmp_path.iterdir())
 
 
-def test_two_ranks_refuse_a_conflict_with_one_line(frontier: Path, tmp_path: Path) -> None:
+def test_two_ranks_refuse_a_conflict_by_the_line_of_rank_0(frontier: Path, tmp_path: Path) -> None:
     weights = frontier / "final_model.pt"
     done = completed(
         SCRIPT, ranks=2, RESUME_FROM=weights, OUTPUT_DIR=tmp_path, DEVICE="cpu", SEED=8
     )
-    errors = errors_of(done.stderr)
-    assert len(errors) == 1 and "SEED=8: " in errors[0], done.stderr
+    line, *others = errors_of(done.stderr)
+    assert line.startswith("error (rank 0): SEED=8: RESUME_FROM=")
+    # torchrun may end rank 1 before it waits for rank 0.
+    assert others in ([], ["error (rank 1): interrupted"]), done.stderr
     assert done.returncode == 1 and "[rank1]" not in done.stderr
 
 
