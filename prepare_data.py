@@ -1,7 +1,7 @@
 """Make token shards and a SentencePiece model for train_gpt.py.
 
     python prepare_data.py sample                     built-in corpus, no download, seconds
-    python prepare_data.py text FILE... --name NAME   your own UTF-8 text
+    python prepare_data.py text FILE... --name NAME   your own text
     python prepare_data.py fineweb --vocab 1024       the challenge's published FineWeb shards
 
 All three write the challenge's layout under --root:
@@ -10,37 +10,55 @@ All three write the challenge's layout under --root:
     tokenizers/<name>_<vocab>_bpe.model
 
 A shard is 256 little-endian int32 (magic 20240520, version 1, token count, zeros) followed by that
-many uint16 token ids; every document starts with the BOS id 1. What exists is whole, because it
-appears by a rename, and a lock per root makes concurrent commands take turns.
+many uint16 token ids; every document starts with the BOS id 1. Beside the shards, manifest.json
+states what they hold, of which tokenizer (describe() has its form). What exists is whole, because
+it appears by a rename, and a lock per root makes concurrent commands take turns.
+
+`text` reads UTF-8, and UTF-16 or UTF-32 that can be told for certain, plain or packed by gzip, xz,
+bzip2 or zstd. A file is one document, or several between `<|endoftext|>` and its like or NUL bytes;
+JSON lines and a JSON array are a document an item. Near-identical documents stay on one side of the
+split. All text is held in memory: @@LIMIT@@
 """
+
+import sys
+
+if sys.platform == "win32":  # where fcntl, the module of locks, is missing
+    sys.exit("prepare_data: needs Linux or macOS, found win32; on Windows, run it under WSL")
 
 import argparse
 import ast
+import bz2
+import codecs
 import dataclasses
 import fcntl
 import gzip
+import hashlib
 import importlib.util
 import inspect
 import io
 import json
 import lzma
+import math
 import os
 import re
 import shlex
 import shutil
 import sysconfig
+import unicodedata
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import chain
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import sentencepiece
+import zstandard
 from numpy.typing import NDArray
 
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 256 * 4
@@ -48,6 +66,9 @@ PAD_ID, BOS_ID, EOS_ID, UNK_ID = 0, 1, 2, 3  # as in the challenge's tokenizers
 MAX_VOCAB = 65_535
 SHARD_TOKENS = 100_000_000
 ENCODE_BATCH = 512  # documents per SentencePiece call; bounds the Python lists of ids
+ENCODE_BYTES = 4_000_000  # and their text
+SPACE = "\u2581"  # how SentencePiece spells a space
+MANIFEST_VERSION = 2
 
 # Raise the number with every change of the recipe, lest an older sample pass for the new one. A
 # package upgrade leaves a sample that is already built in place.
@@ -69,14 +90,108 @@ FINEWEB_REPOS = {  # 1024 is the challenge's export, the others a participant's 
     8192: "kevclark/parameter-golf",
 }
 
-Parts = tuple[list[str], list[str], bytes]  # train documents, val documents, serialised tokenizer
+# Raise the number with every change of what a text becomes: older datasets are then refused.
+TEXT_SOURCE = "text recipe 2"
+TWIN_FACTS = ("copies", "documents", "groups")  # of the manifest's entry `twins`
+
+# ---- Input: how a file is told and read
+MARKS = (  # byte order marks; UTF-16's little-endian one begins UTF-32's, which comes first
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF32_LE, "utf-32-le"),
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
+UNMARKED = ("utf-32-le", "utf-32-be", "utf-16-le", "utf-16-be")  # tried where UTF-8 cannot be
+CONTROLS = bytes([*range(1, 9), *range(14, 28), 127])  # all but blanks and separators
+CONTROL_SHARE = 1 / 1000  # of a file's bytes; UTF-16 of any script and binaries have far more
+# No list of documents: ASCII letters in UTF-16 or UTF-32, a file system's padding.
+NUL_PATTERN = re.compile(rb"\0[^\0]\0[^\0]\0|\0\0\0", re.DOTALL)
+ASCII_RUN = re.compile(rb"[\t\n\r -~]{8,}")
+PACKED = {  # suffix -> first bytes, name
+    ".gz": (re.compile(rb"\x1f\x8b"), "gzip"),
+    ".xz": (re.compile(rb"\xfd7zXZ\0"), "xz"),
+    ".bz2": (re.compile(rb"BZh[1-9](?:1AY&SY|\x17rE8P\x90)"), "bzip2"),
+    ".zst": (re.compile(rb"\x28\xb5\x2f\xfd"), "zstd"),
+}
+CONTAINERS = (  # first bytes -> what holds text that must be taken out of it first
+    (re.compile(rb"PK\x03\x04"), "a ZIP archive or office document"),
+    (re.compile(rb"%PDF-"), "a PDF document"),
+    (re.compile(rb"PAR1"), "a Parquet table"),
+    (re.compile(rb"ARROW1"), "an Arrow table"),
+    (re.compile(rb".{257}ustar", re.DOTALL), "a tar archive"),
+)
+TABLES = (".csv", ".tsv", ".parquet", ".arrow", ".feather", ".xlsx")
+JSON_LINES = (".jsonl", ".ndjson")
+KNOWN_SEPARATOR = re.compile(  # of documents, in the exports of the usual tokenizers
+    r"\0|<[|\uff5c](?:(?:end|start|begin)[_\u2581 ]?of[_\u2581 ]?(?:text|document|sentence)"
+    r"|eos|bos|eod|eot|doc|document|sep|separator)[|\uff5c]>",
+    re.IGNORECASE,
+)
+UNSURE = r"\f|[\x1c-\x1f]|</?s>|</doc>|<(?:eos|bos|eod|eot)>|\[(?:eos|bos|eod|sep|cls)\]"
+UNSURE_SEPARATOR = re.compile(f"^(?:{UNSURE})|(?:{UNSURE})$", re.IGNORECASE | re.MULTILINE)
+ESCAPE = r"\\(?:[0nrtf\\]|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4})"
+
+# ---- Twins: what near-identical means
+SHINGLE = 3  # words in a row
+SIMILAR = 0.5  # Jaccard similarity of two documents' sets of shingles
+CONTAINED = 0.8  # share of the shorter one's shingles that the longer one has too
+CONTAINED_LEAST = 16  # sampled shingles: a shorter text is contained in others by chance
+SKETCH = 128  # lowest shingle hashes kept of a document
+SKETCH_CHARACTERS = 16_000_000  # of a document that are looked at
+TWIN_CHUNK, TWIN_BLOCK = 4_000_000, 1 << 14  # characters hashed, pairs compared at a time
+UNSPACED = (  # scripts that put no space between words: there a character is a word
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+)
+WORD = re.compile(f"[{UNSPACED}]|[^\\W_{UNSPACED}]+")
+INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u2060\ufeff]+")
+BYTE_HASHES: NDArray[np.uint64] = np.frombuffer(  # by offset in the word, modulo 64, and byte
+    hashlib.shake_256(b"prepare_data twins").digest(64 * 256 * 8), dtype="<u8"
+).reshape(64, 256)
+ODD = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9], dtype=np.uint64)
 
 
 class DataError(SystemExit):
     """A problem the caller can fix: uncaught, it prints its one line and exits with status 1."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(f"prepare_data: {message}")
+        super().__init__("prepare_data: " + re.sub(r"[\r\n]+", " ", message))
+
+
+class Parts(NamedTuple):
+    """What a corpus is made of."""
+
+    train: list[str]  # documents
+    val: list[str]
+    model: bytes  # the serialised tokenizer
+    given: Path | None = None  # the tokenizer's file, if it is the user's
+    twins: dict[str, int] | None = None  # TWIN_FACTS, of a user's text
+
+
+class Facts(NamedTuple):
+    """What manifest.json states of a shard, and its number of documents."""
+
+    file: str
+    tokens: int
+    sha256: str
+    documents: int
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How files become documents."""
+
+    format: str = "auto"  # auto | text | jsonl | json
+    field: str = "text"  # of a JSON object
+    separators: tuple[str, ...] | None = None  # None: the known ones
+
+
+Check = Callable[[str, int, list[str], list[list[int]]], None]  # split, first, documents, ids
+
+
+def note(line: str) -> None:
+    """Tell what was recognised; standard output is for the summary and the export line."""
+    print(f"prepare_data: {line}", file=sys.stderr)
 
 
 def digest(text: bytes | str) -> str:
@@ -108,26 +223,154 @@ def count_tokens(path: Path) -> int:
     return int(header[2])
 
 
-def write_split(folder: Path, split: str, documents: list[str], processor: Any) -> dict[str, Any]:
-    """Encode `documents` into shards in `folder` and return the split's manifest entry.
+def shard_facts(path: Path) -> Facts:
+    """Measure a shard; DataError or OSError unless it is a whole one."""
+    count = count_tokens(path)
+    content = path.read_bytes()
+    tokens = np.frombuffer(content, dtype="<u2", offset=HEADER_BYTES)
+    documents = int(np.count_nonzero(tokens == BOS_ID))
+    return Facts(path.name, count, hashlib.sha256(content).hexdigest(), documents)
+
+
+def describe(
+    dataset: Path,
+    model: bytes,
+    file: str,
+    sizes: dict[str, int | None],
+    known: dict[str, Facts] | None = None,
+) -> dict[str, Any]:
+    """Return the manifest of `dataset` but for its source, measured on the files.
+
+    {"version": 2, "tokenizer": {"file", "sha256", "vocab_size"}, "splits": {"train" and "val":
+    {"documents", "bytes", "tokens", "shards": [{"file", "tokens", "sha256"}]}}}
+
+    `bytes` are the UTF-8 bytes of the split's text from `sizes`, None where nobody counted them;
+    `tokens` include a BOS for each of the `documents`. `file` is the name of the tokenizer, `known`
+    holds shards that were measured before, by name.
+    """
+    splits: dict[str, Any] = {}
+    for split, size in sizes.items():
+        paths = sorted(dataset.glob(f"fineweb_{split}_{'[0-9]' * 6}.bin"))
+        shards = [(known or {}).get(path.name) or shard_facts(path) for path in paths]
+        splits[split] = {
+            "documents": sum(shard.documents for shard in shards),
+            "bytes": size,
+            "tokens": sum(shard.tokens for shard in shards),
+            "shards": [
+                {"file": shard.file, "tokens": shard.tokens, "sha256": shard.sha256}
+                for shard in shards
+            ],
+        }
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    tokenizer = {
+        "file": file,
+        "sha256": hashlib.sha256(model).hexdigest(),
+        "vocab_size": processor.vocab_size(),
+    }
+    return {"version": MANIFEST_VERSION, "tokenizer": tokenizer, "splits": splits}
+
+
+def write_manifest(dataset: Path, manifest: dict[str, Any]) -> None:
+    """Write manifest.json into `dataset`, whole or not at all."""
+    temporary = dataset / "manifest.json.tmp"
+    with open(temporary, "w") as file:
+        file.write(json.dumps(manifest, indent=1) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, dataset / "manifest.json")
+
+
+def batches(documents: list[str]) -> Iterator[list[str]]:
+    """Yield `documents` in order, at most ENCODE_BATCH or some ENCODE_BYTES at a time."""
+    batch: list[str] = []
+    size = 0
+    for text in documents:
+        batch.append(text)
+        size += len(text)
+        if len(batch) == ENCODE_BATCH or size >= ENCODE_BYTES:
+            yield batch
+            batch = []
+            size = 0
+    if batch:
+        yield batch
+
+
+def write_split(
+    folder: Path, split: str, documents: list[str], processor: Any, check: Check | None = None
+) -> None:
+    """Encode `documents` into the shards of `split` in `folder`.
 
     Every shard but the last has SHARD_TOKENS tokens, so a document may continue in the next one.
+    `check` sees all documents with their ids, which begin with BOS.
     """
-    pending = np.empty(0, dtype=np.uint16)
-    shards: list[str] = []
-    tokens = 0
-    starts = range(0, len(documents), ENCODE_BATCH)
-    for start in starts:
-        ids = processor.encode(documents[start : start + ENCODE_BATCH], add_bos=True)
-        fresh = np.fromiter(chain.from_iterable(ids), dtype=np.uint16)
-        tokens += fresh.size
-        pending = np.concatenate([pending, fresh])
-        while pending.size >= SHARD_TOKENS or (start == starts[-1] and pending.size):
-            shards.append(f"fineweb_{split}_{len(shards):06d}.bin")
-            write_shard(folder / shards[-1], pending[:SHARD_TOKENS])
-            pending = pending[SHARD_TOKENS:]
-    size = sum(map(utf8_len, documents))
-    return {"documents": len(documents), "bytes": size, "tokens": tokens, "shards": shards}
+    pending: list[NDArray[np.uint16]] = []
+    held = shards = done = 0
+
+    def flush(tokens: NDArray[np.uint16]) -> None:
+        nonlocal shards
+        write_shard(folder / f"fineweb_{split}_{shards:06d}.bin", tokens)
+        shards += 1
+
+    for batch in batches(documents):
+        ids = processor.encode(batch, add_bos=True)
+        if check:
+            check(split, done, batch, ids)
+        done += len(batch)
+        pending.append(np.fromiter(chain.from_iterable(ids), dtype=np.uint16))
+        held += pending[-1].size
+        if held >= SHARD_TOKENS:
+            tokens = np.concatenate(pending)
+            whole = held - held % SHARD_TOKENS
+            for start in range(0, whole, SHARD_TOKENS):
+                flush(tokens[start : start + SHARD_TOKENS])
+            pending = [tokens[whole:]]
+            held -= whole
+    if held:
+        flush(np.concatenate(pending))
+
+
+def byte_check(tokenizer: Path, vocab_size: int) -> Check:
+    """Return a check that train_gpt.py counts the bytes of each document, which ends bpb's errors.
+
+    Validation documents must also decode to themselves: else another text would be scored.
+    DataError if the tokenizer cannot be counted.
+    """
+    try:  # late, because train_gpt.py imports this module and takes seconds
+        from train_gpt import RunError, load_byte_table
+    except ImportError as error:
+        raise DataError(
+            f"train_gpt.py, which counts bytes, cannot be imported: {error}; run: pip install -r "
+            "requirements.txt"
+        ) from error
+    try:
+        table = load_byte_table(str(tokenizer), vocab_size)
+    except RunError as error:
+        raise DataError(f"{tokenizer}: its bytes cannot be counted: {error}") from error
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
+
+    def fault(split: str, text: str, ids: list[int]) -> str:
+        size = utf8_len(text)
+        counted = table.count(np.array(ids, dtype=np.uint16))
+        if counted != size:
+            return f"of {size} bytes, train_gpt.py counts {counted}"
+        if split == "val" and processor.decode(ids[1:]) != text:
+            return f"of {size} bytes, decodes to another text"
+        return ""
+
+    def check(split: str, first: int, documents: list[str], ids: list[list[int]]) -> None:
+        tokens = np.fromiter(chain.from_iterable(ids), dtype=np.uint16)
+        exact = table.count(tokens) == sum(map(utf8_len, documents))
+        if exact and (split == "train" or processor.decode([i[1:] for i in ids]) == documents):
+            return
+        for number, (text, own) in enumerate(zip(documents, ids, strict=True), first + 1):
+            if found := fault(split, text, own):
+                raise DataError(
+                    f"{tokenizer}: {split} document {number} ({text[:40]!r}...), {found}; use a "
+                    "tokenizer that neither normalises nor drops anything, or have one trained"
+                )
+        raise DataError(f"{tokenizer}: {split} documents from {first + 1} on: byte counts differ")
+
+    return check
 
 
 def clean(text: str) -> str:
@@ -144,17 +387,26 @@ def in_hash_order(documents: list[str]) -> list[str]:
     return sorted(set(documents), key=digest)
 
 
-def split_documents(documents: list[str], val_bytes: int) -> tuple[list[str], list[str]]:
-    """Split distinct documents into (train, val), val at most `val_bytes` long if any fits."""
-    train: list[str] = []
-    val: list[str] = []
-    for text in documents:
-        fits = utf8_len(text) <= val_bytes
-        (val if fits else train).append(text)
-        val_bytes -= utf8_len(text) if fits else 0
-    if not val:
-        val.append(min(train, key=utf8_len))
-        train.remove(val[0])
+def split_documents(
+    documents: list[str], val_bytes: int, groups: list[list[int]] | None = None
+) -> tuple[list[str], list[str]]:
+    """Split distinct documents into (train, val), val at most `val_bytes` long if any fits.
+
+    `groups` of indices, by default each document alone, stay on one side. Those that come first
+    are tried first.
+    """
+    sizes = [utf8_len(text) for text in documents]
+    groups = groups or [[i] for i in range(len(documents))]
+    group_sizes = [sum(sizes[i] for i in group) for group in groups]
+    chosen: set[int] = set()
+    for group, size in zip(groups, group_sizes, strict=True):
+        if size <= val_bytes:
+            chosen.update(group)
+            val_bytes -= size
+    if not chosen:
+        chosen.update(groups[int(np.argmin(group_sizes))])
+    train = [text for i, text in enumerate(documents) if i not in chosen]
+    val = [text for i, text in enumerate(documents) if i in chosen]
     return train, val
 
 
@@ -214,25 +466,460 @@ def sample_parts(vocab_size: int) -> Parts:
     kept = int(np.searchsorted(ends, SAMPLE_BYTES, side="right"))
     val_bytes = int(np.clip(ends[kept - 1] // 20, *SAMPLE_VAL_BYTES))
     train, val = split_documents(ordered[:kept], val_bytes)
-    return train, val, train_tokenizer(train, vocab_size, SAMPLE_TOKENIZER_BYTES)
+    # Its text has spaces enough: requiring their piece would change nothing but the model's bytes.
+    model = train_tokenizer(train, vocab_size, SAMPLE_TOKENIZER_BYTES, required="")
+    return Parts(train, val, model)
 
 
-def read_documents(path: Path) -> list[str]:
-    """Return the non-blank documents of a UTF-8 file, which NUL bytes separate.
+def unzstd(packed: bytes) -> bytes:
+    """Return what all frames of a zstd file hold; EOFError if the last is cut."""
+    texts = []
+    while packed:
+        frame = zstandard.ZstdDecompressor().decompressobj()
+        texts.append(frame.decompress(packed))
+        if not frame.eof:
+            raise EOFError("it ends before its last frame does")
+        packed = frame.unused_data
+    return b"".join(texts)
 
-    `.gz` and `.xz` files are decompressed. DataError if the file is unreadable or not UTF-8.
+
+def read_unpacked(path: Path) -> tuple[bytes, str]:
+    """Return (content, suffix of the name), both without compression.
+
+    The content tells how it is packed, whatever the name. DataError if it cannot be read.
     """
-    openers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
+    unpack: dict[str, Callable[[bytes], bytes]] = {
+        ".gz": gzip.decompress, ".xz": lzma.decompress, ".bz2": bz2.decompress, ".zst": unzstd,
+    }  # fmt: skip
+    suffixes = [suffix.lower() for suffix in path.suffixes]
     try:
-        with openers.get(path.suffix, open)(path, "rb") as file:
-            texts = file.read().decode().split("\0")
+        content = path.read_bytes()
+        if suffixes and suffixes[-1] in PACKED:
+            head, kind = PACKED[suffixes.pop()]
+            if not head.match(content):
+                raise ValueError(f"not a {kind} file")
+        for suffix, (head, _) in PACKED.items():
+            if head.match(content):
+                content = unpack[suffix](content)
+                break
+    except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error, zstandard.ZstdError) as e:
+        reason = getattr(e, "strerror", None) or e
+        raise DataError(f"{path}: cannot be read: {reason}; check the path and file") from e
+    return content, suffixes[-1] if suffixes else ""
+
+
+def check_container(path: Path, content: bytes, is_table: bool) -> None:
+    """DataError if `content` is a format that holds text, or tokens, in its own way."""
+    header = np.frombuffer(content[:HEADER_BYTES].ljust(8, b"\0")[:8], dtype="<i4")
+    if tuple(header) == (MAGIC, VERSION):
+        raise DataError(f"{path}: a token shard, not text; train_gpt.py reads it as it is")
+    kinds = [kind for head, kind in CONTAINERS if head.match(content)]
+    if is_table and not kinds:
+        kinds = ["a table by its name"]
+    if kinds:
+        raise DataError(
+            f"{path}: {kinds[0]}; take its texts out first, for instance into a .jsonl file of "
+            'lines {"text": ...}' + ", or set --format text" * (kinds[0] == "a table by its name")
+        )
+
+
+def flaw(content: bytes) -> str:
+    """Say where `content` shows that it is no UTF-8 text; "" if it does not."""
+    try:
+        content.decode()
     except UnicodeDecodeError as error:
-        found = f"byte 0x{error.object[error.start]:02x} at offset {error.start}"
-        raise DataError(f"{path}: expected UTF-8, found {found}; convert it first") from error
-    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise DataError(f"{path}: cannot be read: {reason}; check the path and file") from error
-    return [document for document in map(clean, texts) if document]
+        return f"byte 0x{content[error.start]:02x} at offset {error.start}"
+    controls = len(content) - len(content.translate(None, CONTROLS))
+    if controls > CONTROL_SHARE * len(content):
+        first = next(i for i, byte in enumerate(content) if byte in CONTROLS)
+        return f"control character 0x{content[first]:02x} at offset {first}"
+    if found := NUL_PATTERN.search(content):
+        return f"NUL bytes at offset {found.start()}"
+    return ""
+
+
+def decode_unmarked(content: bytes, encoding: str) -> str | None:
+    """Return the text if `content` is `encoding` beyond doubt, else None.
+
+    Every character is assigned, one in twenty is ASCII (of the other byte order's, none is), and
+    UTF-16 holds no stretch of plain ASCII bytes, which would be Chinese characters there.
+    """
+    try:
+        text = content.decode(encoding)
+    except UnicodeDecodeError:
+        return None
+    if "\0" in text or flaw(text.encode()) or 20 * len(text.encode("ascii", "ignore")) < len(text):
+        return None
+    if not {"Cn", "Co"}.isdisjoint(map(unicodedata.category, set(text))):
+        return None
+    if encoding.startswith("utf-16"):
+        units = np.frombuffer(content, dtype="<u2" if encoding.endswith("le") else ">u2")
+        wide = 2 * int(np.count_nonzero(units >= 256))
+        runs = list(map(len, ASCII_RUN.findall(content)))
+        if max(runs, default=0) >= 64 or sum(runs) > 0.8 * wide:
+            return None
+    return text
+
+
+def decode(path: Path, content: bytes) -> tuple[str, str]:
+    """Return (text, encoding) without a byte order mark; DataError unless both are certain."""
+    remedy = "convert it: iconv -f ITS_ENCODING -t UTF-8"
+    for mark, encoding in MARKS:
+        if content.startswith(mark):
+            try:
+                text = content[len(mark) :].decode(encoding)
+            except UnicodeDecodeError as error:
+                start = error.start + len(mark)
+                raise DataError(
+                    f"{path}: expected {encoding.upper()} by its byte order mark, found byte "
+                    f"0x{content[start]:02x} at offset {start}; {remedy}"
+                ) from error
+            if found := flaw(text.encode()):
+                what = found.split(" at ")[0]
+                raise DataError(f"{path}: expected text, found {what}; take out what is binary")
+            return text, encoding
+    if not (found := flaw(content)):
+        return content.decode(), "utf-8"
+    for encoding in UNMARKED:
+        if (wide := decode_unmarked(content, encoding)) is not None:
+            return wide, encoding
+    raise DataError(f"{path}: expected UTF-8 text, found {found}; if it is text, {remedy}")
+
+
+def line_feeds(text: str) -> str:
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def separators(options: list[str]) -> tuple[str, ...]:
+    """Return what --separator names, its escapes resolved; DataError if an escape is unknown."""
+    for option in options:
+        if not re.fullmatch(rf"(?:[^\\]|{ESCAPE})+", option, re.DOTALL):
+            raise DataError(
+                f"--separator: expected text in which a backslash begins \\n, \\t, \\f, \\r, \\0, "
+                f"\\\\, \\xNN or \\uNNNN, found {option!r}"
+            )
+    given = [option for option in options if option != "none"]
+    plain = [re.sub(ESCAPE, lambda m: ast.literal_eval(f"'{m[0]}'"), option) for option in given]
+    return tuple(map(line_feeds, plain))
+
+
+def parse_json(text: str) -> Any:
+    """Return the value; ValueError if there is none, or one too deep to read."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("too deeply nested") from error
+
+
+def json_lines(path: Path, text: str) -> list[tuple[str, Any]]:
+    """Return (place, value) of each line that is not blank; DataError if one is not JSON."""
+    items = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                items.append((f"line {number}", parse_json(line)))
+            except ValueError as error:
+                reason = f"not JSON ({error})"
+                raise DataError(f"{path}: line {number}: {reason}; or set --format text") from error
+    return items
+
+
+def json_items(path: Path, text: str, style: str) -> list[tuple[str, Any]] | None:
+    """Return (place, value) of each item of a JSON file, None if `text` is none.
+
+    `style` is jsonl, json or, to be told by the content, auto. DataError as for json_lines().
+    """
+    if style == "jsonl":
+        return json_lines(path, text)
+    start = text.lstrip()[:1]
+    if style == "json" or start == "[":
+        try:
+            value = parse_json(text)
+        except ValueError:
+            value = None
+        if isinstance(value, dict):
+            value = [value]
+        if isinstance(value, list) and (
+            style == "json" or (value and all(isinstance(item, dict | str) for item in value))
+        ):
+            return [(f"item {number}", item) for number, item in enumerate(value, 1)]
+    if style == "json":
+        return json_lines(path, text)
+    if start != "{":
+        return None
+    heads = [line for line in text.split("\n", 1000)[:1000] if line.strip()][:2]
+    try:
+        are_objects = all(isinstance(parse_json(line), dict) for line in heads)
+    except ValueError:
+        return None
+    return json_lines(path, text) if are_objects else None
+
+
+def json_text(path: Path, place: str, item: Any, field: str) -> str:
+    """Return the text of one JSON item; DataError, with `place`, if it has none."""
+    kinds = {dict: "an object", list: "an array", bool: "a truth value", type(None): "null"}
+    if not isinstance(item, dict | str):
+        found = kinds.get(type(item), "a number")
+        raise DataError(f"{path}: {place}: expected an object with {field!r}, found {found}")
+    if isinstance(item, dict) and field not in item:
+        names = ", ".join(list(item)[:20]) or "none"
+        raise DataError(f"{path}: {place}: no field {field!r}, found {names}; set --field")
+    text = item[field] if isinstance(item, dict) else item
+    if not isinstance(text, str):
+        found = kinds.get(type(text), "a number")
+        raise DataError(
+            f"{path}: {place}: field {field!r} is {found}, expected a string; drop the line or set "
+            "--field"
+        )
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{path}: {place}: half a surrogate pair, which is no text") from error
+    return text
+
+
+def check_unsure(path: Path, text: str) -> None:
+    """DataError if `text` has marks at the ends of lines that may separate documents or not."""
+    if found := UNSURE_SEPARATOR.search(text):
+        mark = shlex.quote(repr(found[0])[1:-1])
+        lines = len(UNSURE_SEPARATOR.findall(text))
+        raise DataError(
+            f"{path}: {mark} begins or ends a line {lines} times and may separate documents; set "
+            f"--separator {mark} if so, else --separator none (or what does)"
+        )
+
+
+def read_documents(path: Path, reading: Reading = Reading()) -> list[str]:  # noqa: B008
+    """Return the documents of a file that are not blank, with line feeds as line ends.
+
+    What was recognised beyond plain UTF-8 is told. DataError if the file cannot be read, is no
+    text, or may be read in two ways.
+    """
+    content, suffix = read_unpacked(path)
+    check_container(path, content, is_table=suffix in TABLES and reading.format == "auto")
+    text, encoding = decode(path, content)
+    del content
+    text = line_feeds(text)
+    style = reading.format
+    if style == "auto" and suffix in (".json", *JSON_LINES):
+        style = "json" if suffix == ".json" else "jsonl"
+    items = None if style == "text" else json_items(path, text, style)
+    if reading.separators is None:
+        pattern = KNOWN_SEPARATOR
+    else:
+        pattern = re.compile("|".join(map(re.escape, reading.separators)) or "(?!)")
+    if items is not None:
+        texts = [json_text(path, place, item, reading.field) for place, item in items]
+    else:
+        texts = [text]
+        if reading.separators is None:
+            check_unsure(path, text)
+    marks = sorted({mark for text in texts for mark in pattern.findall(text)})
+    parts = (part for text in texts for part in pattern.split(text))
+    documents = [document for document in map(tidy_document, parts) if document]
+    if any("\0" in document for document in documents):
+        raise DataError(f"{path}: NUL characters in the text; take them out, or --separator '\\0'")
+    told = [] if encoding == "utf-8" else [encoding.upper()]
+    told += ["JSON"] if items is not None and style == "auto" else []
+    told += [f"documents between {' '.join(map(repr, marks[:5]))}"] if marks else []
+    if told:
+        note(f"{path}: read as {', '.join(told)}: {plural(len(documents), 'document')}")
+    if not documents:
+        note(f"{path}: no text in it; left out")
+    return documents
+
+
+def tidy_document(text: str) -> str:
+    """Return `text` with line feeds, without outer blanks and marks that joining files left."""
+    return clean(line_feeds(text).strip().strip("\ufeff"))
+
+
+def normal_form(text: str) -> str:
+    """Return the words of `text`, or its signs if it has none, alike for all ways to write them.
+
+    Letter case, compatibility forms, blanks, line ends, punctuation and invisible characters go.
+    """
+    folded = INVISIBLE.sub("", unicodedata.normalize("NFKC", text).casefold())
+    return " ".join(WORD.findall(folded)) or " ".join(folded.split())
+
+
+def mixed(hashes: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Spread every bit over all 64 (MurmurHash3's finaliser, its first half)."""
+    hashes = (hashes ^ (hashes >> np.uint64(33))) * np.uint64(0xFF51AFD7ED558CCD)
+    return hashes ^ (hashes >> np.uint64(33))
+
+
+def first_of_run(*columns: NDArray[Any]) -> NDArray[np.bool_]:
+    """Mark the rows of sorted `columns` that differ from the row before."""
+    new = np.ones(len(columns[0]), dtype=bool)
+    new[1:] = np.any([column[1:] != column[:-1] for column in columns], axis=0)
+    return new
+
+
+def sketch_chunk(forms: list[str]) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+    """Return (hashes, index into `forms`) of the SKETCH lowest distinct shingles of each form.
+
+    Rows are sorted by index, then hash.
+    """
+    data = np.frombuffer("\n".join(forms).encode(), dtype=np.uint8)
+    gap = data <= ord(" ")
+    head = ~gap
+    head[1:] &= gap[:-1]
+    starts = np.flatnonzero(head)
+    if len(starts) < SHINGLE:
+        return np.empty(0, dtype=np.uint64), np.empty(0, dtype=np.int64)
+    offsets = np.arange(len(data)) - starts[np.cumsum(head) - 1]
+    hashes = BYTE_HASHES[offsets % 64, data]
+    hashes[gap] = 0
+    words = np.add.reduceat(hashes, starts)
+    owners = np.cumsum(data == ord("\n"))[starts]
+    count = len(words) - SHINGLE + 1
+    shingles = np.zeros(count, dtype=np.uint64)
+    for i in range(SHINGLE):
+        shingles += ODD[i] * words[i : i + count]
+    shingles = mixed(shingles)
+    inside = owners[:count] == owners[SHINGLE - 1 :]
+    shingles = shingles[inside]
+    owners = owners[:count][inside]
+    order = np.lexsort((shingles, owners))
+    shingles = shingles[order]
+    owners = owners[order]
+    new = first_of_run(shingles, owners)
+    shingles = shingles[new]
+    owners = owners[new]
+    kept = np.arange(len(owners)) - np.searchsorted(owners, owners) < SKETCH
+    return shingles[kept], owners[kept]
+
+
+def sketches(forms: list[str]) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+    """Return sketch_chunk() of all `forms`, computed a chunk at a time."""
+    parts = []
+    chunk: list[str] = []
+    size = first = 0
+    for number, form in enumerate(forms):
+        chunk.append(form[:SKETCH_CHARACTERS])
+        size += len(chunk[-1])
+        if size >= TWIN_CHUNK or number == len(forms) - 1:
+            hashes, owners = sketch_chunk(chunk)
+            parts.append((hashes, owners + first))
+            chunk = []
+            first = number + 1
+            size = 0
+    return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
+
+
+def neighbours(hashes: NDArray[np.uint64], owners: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return a << 32 | b for each two owners, a < b, that are next to each other at one hash."""
+    order = np.argsort(hashes, kind="stable")
+    hashes = hashes[order]
+    owners = owners[order]
+    same = hashes[1:] == hashes[:-1]
+    return owners[:-1][same] << 32 | owners[1:][same]
+
+
+def candidates(hashes: NDArray[np.uint64], owners: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return pairs that may be twins, shape (n, 2), the likeliest first.
+
+    Their number is linear in the sketches: only neighbours at a hash are paired, and a pair must
+    meet at several. Pairs of hashes in a row, which are rarer, find short texts of common phrases.
+    """
+    both = mixed(ODD[0] * hashes[:-1] + ODD[1] * hashes[1:])
+    inside = owners[1:] == owners[:-1]
+    met = [neighbours(hashes, owners), neighbours(both[inside], owners[:-1][inside])]
+    keys, counts = np.unique(np.concatenate(met), return_counts=True)
+    pairs = np.stack([keys >> 32, keys & 0xFFFFFFFF], axis=1)
+    smaller = np.bincount(owners)[pairs].min(axis=1)
+    enough = counts >= np.where(smaller < 4, 1, np.maximum(smaller // 16, 2))
+    order = np.argsort(-counts[enough], kind="stable")
+    return pairs[enough][order]
+
+
+class Sketches:
+    """The sketches of all documents, for comparing pairs of them."""
+
+    def __init__(self, hashes: NDArray[np.uint64], owners: NDArray[np.int64], count: int) -> None:
+        _, self.ranks = np.unique(hashes, return_inverse=True)
+        self.keys = owners << 32 | self.ranks  # sorted
+        self.first = np.searchsorted(owners, np.arange(count + 1))
+        self.sizes = np.diff(self.first)
+        # A full sketch is a fair sample of the document's shingles up to its highest hash.
+        self.limits = np.full(count, 0xFFFFFFFF)
+        full = self.sizes == SKETCH
+        self.limits[full] = self.ranks[self.first[1:][full] - 1]
+
+    def alike(self, pairs: NDArray[np.int64], similarity: float) -> NDArray[np.bool_]:
+        """Tell which `pairs`, shape (n, 2), are twins."""
+        one, other = pairs.T
+        limits = self.limits[pairs].min(axis=1)
+        sizes = self.sizes[one]
+        pair = np.repeat(np.arange(len(pairs)), sizes)
+        rows = np.arange(len(pair)) - np.repeat(np.cumsum(sizes) - sizes - self.first[one], sizes)
+        ranks = self.ranks[rows]
+        inside = ranks <= limits[pair]
+        wanted = other[pair] << 32 | ranks
+        places = np.minimum(np.searchsorted(self.keys, wanted), len(self.keys) - 1)
+        hit = inside & (self.keys[places] == wanted)
+        shared = np.bincount(pair, hit, len(pairs))
+        here = np.bincount(pair, inside, len(pairs))
+        there = np.searchsorted(self.keys, other << 32 | limits, side="right") - self.first[other]
+        least = np.minimum(here, there)
+        jaccard = shared >= similarity * (here + there - shared)
+        contained = shared >= max(CONTAINED, similarity) * least
+        return jaccard | (contained & (least >= CONTAINED_LEAST))
+
+
+class Forest:
+    """Groups of numbered items, joined two at a time; a group is its smallest item's."""
+
+    def __init__(self, count: int) -> None:
+        self.parents = np.arange(count)
+
+    def root(self, item: int) -> int:
+        while self.parents[item] != item:
+            self.parents[item] = self.parents[self.parents[item]]
+            item = int(self.parents[item])
+        return item
+
+    def join(self, one: int, other: int) -> None:
+        low, high = sorted((self.root(one), self.root(other)))
+        self.parents[high] = low
+
+    def roots(self) -> NDArray[np.int64]:
+        """Return the root of every item."""
+        while not np.array_equal(above := self.parents[self.parents], self.parents):
+            self.parents = above
+        return self.parents
+
+
+def twin_groups(documents: list[str], similarity: float = SIMILAR) -> list[list[int]]:
+    """Return groups of indices of near-identical documents; most are one document's alone.
+
+    Twins have one normal form, or share `similarity` of all their shingles (Jaccard), or the
+    longer one, at most some four times as long, has CONTAINED of the shorter one's; twins of twins
+    are one group. Shares are estimated on SKETCH shingles, with a standard error below 0.05. The
+    groups, in the order of a digest of their normal forms, depend on the texts alone.
+    """
+    index: dict[str, list[int]] = {}
+    for number, text in enumerate(documents):
+        index.setdefault(normal_form(text), []).append(number)
+    forms = sorted(index)
+    digests = {form: digest(form) for form in forms}
+    forest = Forest(len(forms))
+    if similarity < 1:
+        hashes, owners = sketches(forms)
+        compared = Sketches(hashes, owners, len(forms))
+        pairs = candidates(hashes, owners)
+        for start in range(0, len(pairs), TWIN_BLOCK):
+            block = pairs[start : start + TWIN_BLOCK]
+            roots = forest.roots()
+            block = block[roots[block[:, 0]] != roots[block[:, 1]]]
+            for one, other in block[compared.alike(block, similarity)].tolist():
+                forest.join(one, other)
+    groups: dict[int, list[str]] = {}
+    for form, root in zip(forms, forest.roots().tolist(), strict=True):
+        groups.setdefault(root, []).append(form)
+    ordered = sorted(groups.values(), key=lambda group: min(digests[form] for form in group))
+    return [sorted(i for form in group for i in index[form]) for group in ordered]
 
 
 def check_vocab(vocab_size: int) -> None:
@@ -240,10 +927,14 @@ def check_vocab(vocab_size: int) -> None:
         raise DataError(f"vocabulary: expected 1 to {MAX_VOCAB} (uint16 ids), found {vocab_size}")
 
 
-def train_tokenizer(documents: list[str], vocab_size: int, max_bytes: int) -> bytes:
+def train_tokenizer(
+    documents: list[str], vocab_size: int, max_bytes: int, required: str = SPACE
+) -> bytes:
     """Train a byte-fallback BPE model on the first `max_bytes` of text and return it serialised.
 
     It neither normalises nor drops anything, so byte counts of decoded text are those of the text.
+    The characters of `required` have a piece even where they are rare: the three bytes that spell
+    the space's mark would be counted for one.
     DataError if the text has too little, or too many characters, for `vocab_size`.
     """
     ends = np.cumsum([utf8_len(text) for text in documents])
@@ -253,7 +944,8 @@ def train_tokenizer(documents: list[str], vocab_size: int, max_bytes: int) -> by
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=(text[:max_bytes] for text in texts), model_writer=model,
             model_type="bpe", vocab_size=vocab_size, hard_vocab_limit=True, byte_fallback=True,
-            character_coverage=0.9995, split_digits=True, max_sentence_length=4 * max_bytes,
+            character_coverage=0.9995, required_chars=required, split_digits=True,
+            max_sentence_length=4 * max_bytes,
             normalization_rule_name="identity", remove_extra_whitespaces=False,
             add_dummy_prefix=False, pad_id=PAD_ID, bos_id=BOS_ID, eos_id=EOS_ID, unk_id=UNK_ID,
             num_threads=2, minloglevel=2,
@@ -307,28 +999,49 @@ def recorded(dataset: Path, source: str) -> dict[str, Any]:
     if not dataset.exists():
         return {}
     try:
-        manifest: dict[str, Any] = json.loads((dataset / "manifest.json").read_bytes())
+        manifest = json.loads((dataset / "manifest.json").read_bytes())
     except (OSError, ValueError):
-        manifest = {}
-    if manifest.get("source") != source:
+        manifest = None
+    if not isinstance(manifest, dict) or manifest.get("source") != source:
         raise DataError(
-            f"{dataset}: exists, made from other inputs or options; delete it, or choose another "
-            "--name or --root"
+            f"{dataset}: exists, made from other inputs or options, or by an older version; delete "
+            "it, or choose another --name or --root"
         )
     return manifest
 
 
+def text_sizes(manifest: dict[str, Any]) -> dict[str, int | None]:
+    """Return the bytes of each split's text as `manifest` states them."""
+    return {split: manifest["splits"][split]["bytes"] for split in ("train", "val")}
+
+
 def is_complete(dataset: Path, tokenizer: Path, source: str) -> bool:
     """Tell whether a build from `source` exists undamaged; DataError as for recorded()."""
-    if not (manifest := recorded(dataset, source)):
-        return False
+    manifest = recorded(dataset, source)
     try:
-        return manifest["tokenizer"] == digest(tokenizer.read_bytes()) and all(
-            split["tokens"] == sum(count_tokens(dataset / shard) for shard in split["shards"])
-            for split in manifest["splits"].values()
-        )
-    except (OSError, DataError):
+        measured = describe(dataset, tokenizer.read_bytes(), tokenizer.name, text_sizes(manifest))
+        if source.startswith(TEXT_SOURCE):
+            measured["twins"] = {fact: int(manifest["twins"][fact]) for fact in TWIN_FACTS}
+        return manifest == {"source": source, **measured}
+    except (OSError, DataError, LookupError, TypeError, ValueError, RuntimeError):
         return False
+
+
+def renew(dataset: Path, tokenizer: Path, source: str) -> bool:
+    """Give an undamaged build by an older version today's manifest; tell whether it was one."""
+    manifest = recorded(dataset, source)
+    try:
+        model = tokenizer.read_bytes()
+        if manifest["tokenizer"] != digest(model):
+            return False
+        described = describe(dataset, model, tokenizer.name, text_sizes(manifest))
+        for split, entry in described["splits"].items():
+            if entry["tokens"] != manifest["splits"][split]["tokens"]:
+                return False
+    except (OSError, DataError, LookupError, TypeError, ValueError, RuntimeError):
+        return False
+    write_manifest(dataset, {"source": source, **described})
+    return True
 
 
 def build(
@@ -343,18 +1056,24 @@ def build(
     if is_complete(dataset, tokenizer, source):
         return dataset, tokenizer
     with locked(root) as scratch:
-        if is_complete(dataset, tokenizer, source):  # built by another process in the meantime
+        # Another process may have built it in the meantime.
+        if is_complete(dataset, tokenizer, source) or renew(dataset, tokenizer, source):
             return dataset, tokenizer
-        train, val, model = make()
-        (scratch / "model").write_bytes(model)
+        parts = make()
+        (scratch / "model").write_bytes(parts.model)
         (scratch / "dataset").mkdir()
-        processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-        splits = {
-            split: write_split(scratch / "dataset", split, documents, processor)
-            for split, documents in (("train", train), ("val", val))
-        }
-        manifest = {"source": source, "tokenizer": digest(model), "splits": splits}
-        (scratch / "dataset/manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+        processor = sentencepiece.SentencePieceProcessor(model_proto=parts.model)
+        # Not for the sample: train_gpt.py builds it, and cannot be imported a second time.
+        used = parts.given or scratch / "model"
+        check = byte_check(used, vocab_size) if parts.twins else None
+        sides = {"train": parts.train, "val": parts.val}
+        for split, documents in sides.items():
+            write_split(scratch / "dataset", split, documents, processor, check)
+        sizes = {split: sum(map(utf8_len, documents)) for split, documents in sides.items()}
+        described = describe(scratch / "dataset", parts.model, tokenizer.name, {**sizes})
+        if parts.twins:
+            described["twins"] = parts.twins
+        write_manifest(scratch / "dataset", {"source": source, **described})
         if dataset.exists():  # a damaged build from this very source
             dataset.rename(scratch / "damaged")
         os.replace(scratch / "model", tokenizer)
@@ -380,8 +1099,8 @@ def with_sample(h: Any) -> Any:
     return dataclasses.replace(h, data_path=str(data), tokenizer_path=str(tokenizer))
 
 
-def build_text(args: argparse.Namespace) -> tuple[Path, Path]:
-    """Build a corpus from args.files; DataError for unusable files or options."""
+def check_text_options(args: argparse.Namespace) -> None:
+    """DataError for an option of the text command that is out of its range."""
     if not re.fullmatch(r"[\w.-]+", args.name) or args.name.startswith(("sample", "fineweb")):
         raise DataError(
             "--name: expected letters, digits, '.', '_' or '-', and no name of the other commands "
@@ -389,21 +1108,63 @@ def build_text(args: argparse.Namespace) -> tuple[Path, Path]:
         )
     if not 0 < args.val_fraction < 1:
         raise DataError(f"--val-fraction: expected between 0 and 1, found {args.val_fraction}")
+    if not 0 < args.similarity <= 1:
+        raise DataError(f"--similarity: expected above 0, at most 1, found {args.similarity}")
+
+
+def check_share(train: list[str], val: list[str], fraction: float) -> None:
+    """DataError if validation is not within half and twice the `fraction` of the text asked for."""
+    smallest = min(map(utf8_len, train), default=0)
+    size = sum(map(utf8_len, val))
+    total = size + sum(map(utf8_len, train))
+    if not fraction / 2 <= size / total <= 2 * fraction:
+        share = size / total
+        enough = share if share > fraction else (size + smallest) / total
+        raise DataError(
+            f"validation would be {size:,} of {total:,} bytes, {share:.2g} of the text, for "
+            f"--val-fraction {fraction}: its {len(train) + len(val)} documents, of which "
+            "near-identical ones stay together, are too few or too long; tell where documents end "
+            f"(--separator), add files, or set --val-fraction {math.ceil(100 * enough) / 100}"
+        )
+
+
+def build_text(args: argparse.Namespace) -> tuple[Path, Path]:
+    """Build a corpus from args.files; DataError for unusable files or options."""
+    check_text_options(args)
+    given = separators(args.separator) if args.separator else None
+    reading = Reading(args.format, args.field, given)
     model, vocab_size = load_tokenizer(args.tokenizer) if args.tokenizer else (b"", args.vocab)
     check_vocab(vocab_size)
-    texts = in_hash_order([text for path in args.files for text in read_documents(path)])
+    read = [text for path in args.files for text in read_documents(path, reading)]
+    texts = in_hash_order(read)
+    copies = len(read) - len(texts)
+    del read
     if len(texts) < 2:
         raise DataError(
             f"{args.files[0]}: expected 2 or more distinct documents in all, one for each split, "
-            f"found {len(texts)}; add files, or separate documents by a NUL byte"
+            f"found {len(texts)}; add files, or tell where documents end, for instance "
+            "--separator '\\n\\n' for a blank line"
         )
 
     def make() -> Parts:
-        train, val = split_documents(texts, int(args.val_fraction * sum(map(utf8_len, texts))))
-        return train, val, model or train_tokenizer(train, vocab_size, TEXT_TOKENIZER_BYTES)
+        groups = twin_groups(texts, args.similarity)
+        if len(groups) < 2:
+            raise DataError(
+                f"all {len(texts)} documents are near-identical, so none can be kept for "
+                "validation alone; add other text, or set --similarity 1"
+            )
+        size = sum(map(utf8_len, texts))
+        train, val = split_documents(texts, int(args.val_fraction * size), groups)
+        check_share(train, val, args.val_fraction)
+        joined = [len(group) for group in groups if len(group) > 1]
+        twins = {"copies": copies, "documents": sum(joined), "groups": len(joined)}
+        tokenizer = model or train_tokenizer(train, vocab_size, TEXT_TOKENIZER_BYTES)
+        return Parts(train, val, tokenizer, args.tokenizer, twins)
 
-    source = digest("\0".join([digest(model), str(args.val_fraction), *texts]))
-    return build(args.root, args.name, vocab_size, f"text {source}", make)
+    # Copies count, since the manifest states them.
+    options = [digest(model), str(args.val_fraction), str(args.similarity), str(copies)]
+    source = digest("\0".join([*options, *map(digest, texts)]))
+    return build(args.root, args.name, vocab_size, f"{TEXT_SOURCE} {source}", make)
 
 
 def hub_fetcher(repo: str, staging: Path) -> Callable[[str], Path]:
@@ -452,44 +1213,122 @@ def place(
         os.replace(staged, path)
 
 
+def stated(manifest: dict[str, Any]) -> dict[str, str]:
+    """Return the SHA-256 of each file that `manifest` states, by name; {} if it is an older one."""
+    try:
+        entries = [manifest["tokenizer"]]
+        for split in manifest["splits"].values():
+            entries += split["shards"]
+        return {entry["file"]: entry["sha256"] for entry in entries}
+    except (LookupError, TypeError, AttributeError):
+        return {}
+
+
+def check_sha256(path: Path, found: str, expected: str | None) -> None:
+    if expected not in (None, found):
+        raise DataError(
+            f"{path}: not the file of which manifest.json states the SHA-256; the export has "
+            "changed: delete the dataset's folder and run this again"
+        )
+
+
+def count_text(tokenizer: Path, vocab_size: int, shards: list[Path]) -> int:
+    """Return the UTF-8 bytes of the text in `shards`, as train_gpt.py counts them."""
+    from train_gpt import RunError, load_byte_table  # late, as in byte_check()
+
+    tokens = [np.fromfile(path, dtype="<u2", offset=HEADER_BYTES) for path in shards]
+    try:
+        return load_byte_table(str(tokenizer), vocab_size).count(np.concatenate(tokens))
+    except RunError as error:
+        raise DataError(f"{tokenizer}: its bytes cannot be counted: {error}") from error
+
+
+def download(
+    dataset: Path,
+    tokenizer: Path,
+    counts: dict[str, int],
+    expected: dict[str, str],
+    fetch: Callable[[str], Path],
+) -> dict[str, Facts]:
+    """Fetch `counts` shards of each split and the tokenizer; return the facts of all shards.
+
+    Files that are there stay if they have the SHA-256 of `expected`, which is stated()'s.
+    """
+    measured: dict[str, Facts] = {}
+
+    def check_shard(path: Path) -> None:
+        facts = shard_facts(path)
+        check_sha256(path, facts.sha256, expected.get(path.name))
+        measured[path.name] = facts
+
+    def check_model(path: Path) -> None:
+        content, _ = load_tokenizer(path)
+        check_sha256(path, hashlib.sha256(content).hexdigest(), expected.get(tokenizer.name))
+
+    for split, count in counts.items():
+        for number in range(count):
+            shard = f"fineweb_{split}_{number:06d}.bin"
+            place(dataset / shard, check_shard, fetch, f"datasets/{dataset.name}/{shard}")
+    if tokenizer.name not in expected:  # one that is there may be another export's
+        tokenizer.unlink(missing_ok=True)
+    place(tokenizer, check_model, fetch, f"tokenizers/{tokenizer.name}")
+    for path in sorted(dataset.glob("fineweb_*.bin")):  # also those of an earlier --shards
+        if path.name not in measured:
+            check_shard(path)
+    return measured
+
+
 def build_fineweb(args: argparse.Namespace) -> tuple[Path, Path]:
     """Download the validation split, the first args.shards training shards and the tokenizer."""
-    if not (repo := args.repo or FINEWEB_REPOS.get(args.vocab)):
+    repo = args.repo or FINEWEB_REPOS.get(args.vocab)
+    if not repo:
         known = ", ".join(map(str, FINEWEB_REPOS))
         raise DataError(f"--vocab: exports known for {known}, found {args.vocab}; name a --repo")
     staging = args.root / ".fineweb_download"  # outlives an interruption: the hub client resumes
     fetch = hub_fetcher(repo, staging)
-    name, model = f"fineweb10B_sp{args.vocab}", f"fineweb_{args.vocab}_bpe.model"
-    dataset, tokenizer = args.root / "datasets" / name, args.root / "tokenizers" / model
+    dataset = args.root / "datasets" / f"fineweb10B_sp{args.vocab}"
+    tokenizer = args.root / "tokenizers" / f"fineweb_{args.vocab}_bpe.model"
     with locked(args.root) as scratch:
-        counts = published(fetch("manifest.json"), name, repo)
+        counts = published(fetch("manifest.json"), dataset.name, repo)
         if not 1 <= args.shards <= counts["train"]:
             raise DataError(
                 f"--shards: expected 1 to {counts['train']} ({repo}), found {args.shards}"
             )
-        if not recorded(dataset, repo):
-            (scratch / "manifest.json").write_text(json.dumps({"source": repo}))
+        manifest = recorded(dataset, repo)
+        if not manifest:
+            write_manifest(scratch, {"source": repo})
             scratch.rename(dataset)
-        for split, count in (("val", counts["val"]), ("train", args.shards)):
-            for number in range(count):
-                shard = f"fineweb_{split}_{number:06d}.bin"
-                place(dataset / shard, count_tokens, fetch, f"datasets/{name}/{shard}")
-        place(tokenizer, load_tokenizer, fetch, f"tokenizers/{model}")
+        wanted = {"val": counts["val"], "train": args.shards}
+        measured = download(dataset, tokenizer, wanted, stated(manifest), fetch)
+        val = sorted(dataset.glob("fineweb_val_*.bin"))
+        sizes = {"train": None, "val": count_text(tokenizer, args.vocab, val)}
+        described = describe(dataset, tokenizer.read_bytes(), tokenizer.name, sizes, measured)
+        write_manifest(dataset, {"source": repo, **described})
         shutil.rmtree(staging)
     return dataset, tokenizer
 
 
+def plural(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" + "s" * (count != 1)
+
+
 def report(dataset: Path, tokenizer: Path) -> None:
-    """Print the size of each split (text sizes only if built here) and the line for train_gpt."""
-    counted = json.loads((dataset / "manifest.json").read_bytes()).get("splits", {})
-    for split in ("train", "val"):
-        shards = sorted(dataset.glob(f"fineweb_{split}_*.bin"))
-        tokens = sum(map(count_tokens, shards))
-        line = f"{split:5}  {tokens:,} tokens in {len(shards)} shard(s)"
-        if entry := counted.get(split):
-            line += f", {entry['documents']:,} documents, {entry['bytes']:,} bytes"
-            line += f", {entry['bytes'] / tokens:.3f} bytes/token"
+    """Print the size of each split, the twins of a user's text and the line for train_gpt."""
+    manifest = json.loads((dataset / "manifest.json").read_bytes())
+    for split, entry in manifest["splits"].items():
+        line = f"{split:5}  {entry['tokens']:,} tokens in {len(entry['shards'])} shard(s), "
+        line += plural(entry["documents"], "document")
+        if entry["bytes"] is not None:
+            line += f", {entry['bytes']:,} bytes"
+            line += f", {entry['bytes'] / entry['tokens']:.3f} bytes/token"
         print(line)
+    if twins := manifest.get("twins"):
+        groups = plural(twins["groups"], "group")
+        copies = "copy" if twins["copies"] == 1 else "copies"
+        print(
+            f"twins  {twins['copies']:,} {copies} dropped; {plural(twins['documents'], 'document')}"
+            f" in {groups} of near-identical ones"
+        )
     paths = shlex.quote(str(dataset)), shlex.quote(str(tokenizer))
     print("export DATA_PATH={} TOKENIZER_PATH={}".format(*paths))
 
@@ -505,9 +1344,19 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     text = commands.add_parser("text", parents=[shared], help="your own text")
     fineweb = commands.add_parser("fineweb", parents=[shared], help="the published shards")
     text.add_argument("files", nargs="+", type=Path, metavar="FILE", help=(
-        "UTF-8, also .gz or .xz; one document, or several separated by NUL bytes"))  # fmt: skip
+        "text or JSON, also packed by gzip, xz, bzip2 or zstd"))  # fmt: skip
     text.add_argument("--name", default="text", help="of the dataset (default: %(default)s)")
     text.add_argument("--val-fraction", type=float, default=0.05, help="default: %(default)s")
+    text.add_argument("--separator", action="append", metavar="TEXT", help=(
+        "what stands between documents, instead of <|endoftext|>, its like and NUL bytes; \\n, "
+        "\\f and \\x1e mean what they do in C; may be repeated; none: a file is a document"
+        ))  # fmt: skip
+    text.add_argument("--format", choices=("auto", "text", "jsonl", "json"), default="auto", help=(
+        "of the files (default: told by name and content)"))  # fmt: skip
+    text.add_argument("--field", default="text", help="of JSON objects (default: %(default)s)")
+    text.add_argument("--similarity", type=float, default=SIMILAR, help=(
+        "Jaccard similarity of two documents' runs of three words from which they stay on one side "
+        "of the split; 1: only if all words are the same (default: %(default)s)"))  # fmt: skip
     tokenizer = text.add_mutually_exclusive_group()
     tokenizer.add_argument("--tokenizer", type=Path, help="use this model instead of training one")
     for command in (sample, tokenizer, fineweb):
@@ -527,9 +1376,13 @@ def main(argv: list[str] | None = None) -> None:
             paths = build_sample(args.root, args.vocab)
         else:
             paths = {"text": build_text, "fineweb": build_fineweb}[args.command](args)
+        report(*paths)
     except OSError as error:  # a full disk, a --root that cannot be written
         raise DataError(f"{error.filename or args.root}: {error.strerror or error}") from error
-    report(*paths)
+    except MemoryError as error:
+        raise DataError("out of memory; use a larger machine or less text") from error
+    except KeyboardInterrupt as error:
+        raise DataError("interrupted; the same command begins anew") from error
 
 
 if __name__ == "__main__":

@@ -41,17 +41,22 @@ def load_results(folder: Path, log: Log) -> list[Result]:
     for path in sorted(folder.glob("result_seed*.json")):
         try:
             result = json.loads(path.read_text())
-            recipe_of(result)
-            found.append((result["time"], path.name, result))
-        except (ValueError, LookupError, TypeError, AttributeError):
-            log(f"seeds: {path.name} is not a result of train_gpt.py and is not merged")
+            # Whole is what makes a submission by itself; an edited or older one may not.
+            text_of([result], env={}, log=lambda line: None)
+            found.append((float(result["time"]), path.name, result))
+        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as problem:
+            log(
+                f"seeds: {path.name} is not a whole result of this train_gpt.py and is not merged "
+                f"({type(problem).__name__}: {problem})"
+            )
     if not found:
         raise FileNotFoundError(f"{folder}: no result_seed*.json of a complete run")
     *found, newest = sorted(found, key=lambda row: row[:2])
     merged = []
     wanted = recipe_of(newest[2])
     for _, name, result in found:
-        other = [key for key, value in recipe_of(result).items() if value != wanted.get(key)]
+        recipe = recipe_of(result)
+        other = [key for key in recipe | wanted if recipe.get(key) != wanted.get(key)]
         if other:
             log(f"seeds: {name} is of another {', '.join(other[:5])} and is not merged")
         else:
@@ -108,7 +113,10 @@ def baseline(env: Mapping[str, str], nats_per_bpb: float) -> list[float]:
     for name, scale in (("BASELINE_LOSS", 1.0), ("BASELINE_BPB", nats_per_bpb)):
         if env.get(name):
             try:
-                return [float(part) * scale for part in env[name].split(",")]
+                values = [float(part) for part in env[name].split(",")]
+                if not np.isfinite(values).all():
+                    raise ValueError
+                return [value * scale for value in values]
             except ValueError:
                 raise ValueError(
                     f"{name}={env[name]!r}: expected numbers with commas between "
@@ -133,8 +141,17 @@ def compliance(results: list[Result], seeds: list[dict[str, Any]]) -> dict[str, 
 
 def submission(folder: Path, env: Mapping[str, str], log: Log) -> str:
     """The text of submission.json; logs statistics and compliance, one line each."""
-    results = load_results(folder, log)
-    new, rows = results[-1], {str(r["training"]["seed"]): seed_result(r) for r in results}
+    return text_of(load_results(folder, log), env, log)
+
+
+def text_of(results: list[Result], env: Mapping[str, str], log: Log) -> str:
+    """The same of results that belong together, the newest last.
+
+    Raises ValueError, LookupError, TypeError, AttributeError or ArithmeticError if one lacks a
+    field, or holds what is no number where one is due.
+    """
+    new = results[-1]
+    rows = {str(int(result["training"]["seed"])): seed_result(result) for result in results}
     hardware = new["environment"]["hardware"]
     column = {name: [row[name] for row in rows.values()] for name in next(iter(rows.values()))}
     means = ("val_loss", "val_bpb", "val_bpb_roundtrip")
@@ -190,7 +207,7 @@ def submission(folder: Path, env: Mapping[str, str], log: Log) -> str:
         "seed_results": rows,
         "recipe": recipe_of(new),
     }
-    return json.dumps(content, indent=2) + "\n"
+    return json.dumps(content, indent=2, allow_nan=False) + "\n"  # NaN is not JSON
 
 
 def write_submission(folder: Path, env: Mapping[str, str], log: Log) -> None:

@@ -38,6 +38,8 @@ import json
 import math
 import mmap
 import os
+import platform
+import re
 import signal
 import struct
 import sys
@@ -48,11 +50,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+# Tested before what these lack is imported.
+if sys.platform == "win32":
+    sys.exit("error: this is Windows, expected Linux or macOS; use WSL or a rented machine")
+
 import torch
 
-# Tested before anything else is imported: an older torch lacks some of it.
 if torch.__version__ < (2, 11):  # type: ignore[operator]
-    sys.exit(f"error: torch is {torch.__version__}, expected 2.11 to 2.13: see requirements.txt")
+    sys.exit(f"error: torch is {torch.__version__}, expected 2.11 to 2.14: see requirements.txt")
+
+import fcntl
 
 import numpy as np
 import sentencepiece
@@ -95,6 +102,10 @@ class RunError(Exception):
     """
 
 
+def code_digest() -> str:
+    return hashlib.sha256(SOURCE.read_bytes()).hexdigest()
+
+
 def require(holds: object, message: str) -> None:
     if not holds:
         raise RunError(message)
@@ -113,6 +124,7 @@ def setting(
     choices: tuple[str, ...] = (),
     architecture: bool = False,
     per_run: bool = False,
+    trains: bool = True,
 ) -> T:
     """A field of `Hyperparameters` with all that the program must know of it.
 
@@ -120,9 +132,11 @@ def setting(
     choices: the strings that are allowed; none named allows all.
     architecture: the packed weights mean something else without it, so the artifact stores it.
     per_run: it changes no score, so results that differ in it alone are merged as seeds.
+    trains: other weights come of another value, so RESUME_FROM keeps the one of the training.
     """
-    facts = dict(low=low, high=high, choices=choices, architecture=architecture, per_run=per_run)
-    return dataclasses.field(default=default, metadata=facts)
+    facts = dict(low=low, high=high, choices=choices)
+    roles = dict(architecture=architecture, per_run=per_run, trains=trains)
+    return dataclasses.field(default=default, metadata=facts | roles)
 
 
 def shape(default: T, low: float = 0, high: float = math.inf) -> T:
@@ -130,9 +144,14 @@ def shape(default: T, low: float = 0, high: float = math.inf) -> T:
     return setting(default, low, high, architecture=True)
 
 
-def label(default: T, low: float = 0, choices: tuple[str, ...] = ()) -> T:
-    """A setting that may differ between merged seeds."""
-    return setting(default, low, choices=choices, per_run=True)
+def label(default: T, low: float = 0, high: float = math.inf, choices: tuple[str, ...] = ()) -> T:
+    """A setting that changes no number: it names, places or reports a run."""
+    return setting(default, low, high, choices=choices, per_run=True, trains=False)
+
+
+def scoring(default: T, low: float = 0, high: float = math.inf) -> T:
+    """A setting of what comes after training: packing and evaluation."""
+    return setting(default, low, high, trains=False)
 
 
 @dataclass(frozen=True)
@@ -140,9 +159,9 @@ class Hyperparameters:
     """All numbers of a run.  The defaults are the `card` preset, the submitted configuration."""
 
     # Run
-    preset: str = label("card")  # card | frontier | smoke
+    preset: str = setting("card", per_run=True)  # card | frontier | smoke
     run_id: str = label("card")  # label in the log and in submission.json
-    seed: int = label(1337)  # weights and batch order
+    seed: int = setting(1337, high=2**63 - 1, per_run=True)  # weights and batch order
     device: str = label("auto", choices=("auto", "cpu", "cuda"))
     compile_backend: str = label("auto")  # auto: inductor on CUDA, none on a CPU
     data_path: str = label("./data/datasets/fineweb10B_sp1024")  # folder of shards, or `sample`
@@ -197,24 +216,24 @@ class Hyperparameters:
     max_wallclock_seconds: float = setting(600.0)  # training clock; 0: no cap
     train_batch_tokens: int = setting(786_432, low=1)  # per step, over all ranks
     train_seq_len: int = shape(2048, low=1)  # tokens of context, in training and evaluation
-    micro_batch_tokens: int = setting(98_304)  # most tokens that one rank runs at once
+    micro_batch_tokens: int = scoring(98_304)  # most tokens that one rank runs at once
     lr_warmup_steps: int = setting(30)  # from 0; without, the tied table jumps at first
     warmdown_fraction: float = setting(0.85, 1e-12, 1)  # of the run: lr falls linearly to 0
     warmdown_iters: int = setting(0)  # the same in steps; 0: use the fraction
     swa_threshold: float = setting(0.2)  # average the masters while the lr scale is below
     qat_threshold: float = setting(0.15)  # round the working weights while it is below
-    warmup_steps: int = setting(2, low=1)  # untimed, random tokens, for each graph; then undone
+    warmup_steps: int = scoring(2, low=1)  # untimed, random tokens, for each graph; then undone
 
     # Export, evaluation and log
-    artifact_bytes: int = setting(16_000_000)  # code plus packed weights stay below
+    artifact_bytes: int = scoring(16_000_000)  # code plus packed weights stay below
     # Quantisation step of the first and last layer, relative to the other layers.
-    int8_step_ratio: float = setting(0.7)
+    int8_step_ratio: float = scoring(0.7)
     # The same of the tied table; 0: each row gets the step that its own maximum needs.
-    tok_emb_step_ratio: float = setting(0.0)
-    ve_emb_step_ratio: float = setting(0.0)  # of the value embedding
-    zstd_level: int = setting(22, low=1, high=22)  # the highest; packing takes seconds
-    eval_stride: int = setting(64)  # new tokens scored per sliding window; 0: plain only
-    val_batch_size: int = setting(524_288, low=1)  # tokens per evaluation batch, over all ranks
+    tok_emb_step_ratio: float = scoring(0.0)
+    ve_emb_step_ratio: float = scoring(0.0)  # of the value embedding
+    zstd_level: int = scoring(22, low=1, high=22)  # the highest; packing takes seconds
+    eval_stride: int = scoring(64)  # new tokens scored per sliding window; 0: plain only
+    val_batch_size: int = scoring(524_288, low=1)  # tokens per evaluation batch, over all ranks
     eval_dump: str = label("")  # path: per-token losses of the last evaluation (NumPy .npz)
     val_loss_every: int = label(1000)  # steps; 0: only at the end
     train_log_every: int = label(200, low=1)  # steps
@@ -230,21 +249,7 @@ class Hyperparameters:
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> Hyperparameters:
         """Preset plus overrides.  A name that looks like a setting but is none is refused."""
-        # Annotations are strings in this file, so a field's type is the name of its type.
-        kinds = {field.name.upper(): str(field.type) for field in dataclasses.fields(cls)}
-        preset = env.get("PRESET", "card")
-        require(preset in PRESETS, f"PRESET={preset!r}: unknown; set one of {', '.join(PRESETS)}")
-        values = dict(PRESETS[preset])
-        for name, text in env.items():
-            if name in kinds:
-                values[name.lower()] = parse_override(name, text, kinds[name])
-                continue
-            if name in RETIRED:
-                raise RunError(f"{name}={text!r}: not a setting here; set {RETIRED[name]}")
-            close = difflib.get_close_matches(name, kinds, n=1, cutoff=0.9)
-            if close:
-                raise RunError(f"{name}={text!r}: unknown variable; did you mean {close[0]}?")
-        return cls(**values)
+        return cls(**preset_of(env) | overrides(env))
 
     def __post_init__(self) -> None:
         """Raises RunError for the first value or combination that cannot run."""
@@ -338,10 +343,75 @@ RETIRED = {
     "MLP_MULT": "MLP_HIDDEN",
     "TIED_EMBED_LR": "EMBED_LR",
     "HEAD_LR": "EMBED_LR",
+    "TIED_EMBED_INIT_STD": "EMBED_INIT_STD",
     "WEIGHT_DECAY": "DECAY_PER_RUN",
     "MUON_BACKEND_STEPS": "nothing: Polar Express has five",
     "TIE_EMBEDDINGS": "nothing: they are always tied",
 }
+
+
+# Settings of how and where a process runs; RESUME_FROM takes all others from its checkpoint.
+OF_THIS_PROCESS = (
+    "device",
+    "compile_backend",
+    "output_dir",
+    "eval_only",
+    "resume_from",
+    "on_interrupt",
+    "eval_dump",
+)
+
+
+def settings_of_process(env: Mapping[str, str]) -> Hyperparameters:
+    """All that RESUME_FROM's checkpoint is read with: its own settings are not known yet."""
+    chosen = preset_of(env) | overrides(env)
+    return Hyperparameters(**{name: chosen[name] for name in OF_THIS_PROCESS if name in chosen})
+
+
+def settings_of_weights(saved: Mapping[str, Any], env: Mapping[str, str]) -> Hyperparameters:
+    """The settings that RESUME_FROM's checkpoint was trained with.
+
+    A variable in `env` wins where it changes only what comes after training.  Raises RunError for
+    one that would have trained other weights.
+    """
+    chosen = overrides(env)
+    values = preset_of(env)
+    for field in dataclasses.fields(Hyperparameters):
+        name = field.name
+        if name in OF_THIS_PROCESS or name not in saved:
+            continue
+        values[name] = saved[name]
+        value = chosen.get(name, saved[name])
+        require(
+            value == saved[name] or not field.metadata["trains"],
+            f"{name.upper()}={value!r}: RESUME_FROM={env['RESUME_FROM']} was trained with "
+            f"{saved[name]!r}; unset it or set {name.upper()}={saved[name]}",
+        )
+    return Hyperparameters(**values | chosen)
+
+
+def preset_of(env: Mapping[str, str]) -> dict[str, Any]:
+    preset = env.get("PRESET", "card")
+    require(preset in PRESETS, f"PRESET={preset!r}: unknown; set one of {', '.join(PRESETS)}")
+    return dict(PRESETS[preset])
+
+
+def overrides(env: Mapping[str, str]) -> dict[str, Any]:
+    """Values by field.  Raises RunError for what looks like a setting but is none."""
+    # Annotations are strings in this file, so a field's type is the name of its type.
+    fields = dataclasses.fields(Hyperparameters)
+    kinds = {field.name.upper(): str(field.type) for field in fields}
+    values = {}
+    for name, text in env.items():
+        if name in kinds:
+            values[name.lower()] = parse_override(name, text, kinds[name])
+            continue
+        if name in RETIRED:
+            raise RunError(f"{name}={text!r}: not a setting here; set {RETIRED[name]}")
+        close = difflib.get_close_matches(name, kinds, n=1, cutoff=0.9)
+        if close:
+            raise RunError(f"{name}={text!r}: unknown variable; did you mean {close[0]}?")
+    return values
 
 
 def parse_override(name: str, text: str, kind: str) -> int | float | str:
@@ -368,9 +438,7 @@ class Runtime:
     @classmethod
     def start(cls, h: Hyperparameters, env: Mapping[str, str]) -> Runtime:
         """Joins torchrun's process group, if there is one, and claims the device."""
-        rank = int(env.get("RANK", 0))
-        local_rank = int(env.get("LOCAL_RANK", 0))
-        world_size = int(env.get("WORLD_SIZE", 1))
+        rank, local_rank, world_size = launch_of(env)
         gpus = torch.cuda.device_count()
         on_cuda = gpus > 0 if h.device == "auto" else h.device == "cuda"
         require(
@@ -389,7 +457,14 @@ class Runtime:
             torch.cuda.set_device(local_rank)
         if world_size > 1:
             collectives = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
-            dist.init_process_group(collectives)
+            try:
+                dist.init_process_group(collectives)
+            except (RuntimeError, ValueError) as error:
+                raise RunError(
+                    f"MASTER_ADDR={env['MASTER_ADDR']}, MASTER_PORT={env['MASTER_PORT']}: the "
+                    f"{world_size} processes do not meet there ({str(error).splitlines()[0]}); "
+                    "start all of them with torchrun, or set a free port"
+                ) from None
         device = f"cuda:{local_rank}" if on_cuda else "cpu"
         return cls(torch.device(device), rank, world_size, backend)
 
@@ -426,11 +501,39 @@ class Runtime:
             dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's `value`, on every rank."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
     def sum(self, tensor: Tensor) -> Tensor:
         """`tensor` itself, summed over ranks in place."""
         if self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor
+
+
+def launch_of(env: Mapping[str, str]) -> tuple[int, int, int]:
+    """(rank, local rank, world size) of torchrun's variables; all of them or none are set.
+
+    Raises RunError for anything else: a process that takes itself for the only one would train and
+    write beside the others.
+    """
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    present = [name for name in names if name in env]
+    if not present:
+        return 0, 0, 1
+    remedy = "start it with torchrun, or unset " + " ".join(present)
+    missing = [name for name in names if not env.get(name)]
+    require(not missing, f"{' '.join(missing)}: missing or empty beside {present[0]}; {remedy}")
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"):
+        require(env[name].isdecimal(), f"{name}={env[name]!r}: expected a whole number; {remedy}")
+    rank, local_rank, world_size = (int(env[name]) for name in names[:3])
+    inside = local_rank <= rank < world_size
+    require(inside, f"RANK={rank}, WORLD_SIZE={world_size}: not a rank of that many; {remedy}")
+    return rank, local_rank, world_size
 
 
 class RunLog:
@@ -442,6 +545,7 @@ class RunLog:
         self.path = path
         self.terminal = path is not None and sys.stdout.isatty()
         self.tenth = -1  # of the work that `progress` last reported
+        self.unwritten = b""  # what a full disk has not taken yet
         if path:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(head)
@@ -449,17 +553,33 @@ class RunLog:
     def __call__(self, line: str) -> None:
         if not self.path:
             return
-        with self.path.open("a") as file:
-            file.write(line + "\n")
+        self.unwritten += line.encode() + b"\n"
+        with contextlib.suppress(OSError):  # no reason to lose what is trained: the next line
+            self.flush()  # tries again, and `RunFiles.finish` tells
         if self.terminal:  # what progress left there goes
             line = self.CLEAR_LINE + line
-        print(line, flush=True)
+        self.show(line + "\n")
+
+    def flush(self) -> None:
+        """Writes all lines to the file.  Raises OSError if it takes no more."""
+        if self.path and self.unwritten:
+            with self.path.open("ab", buffering=0) as file:
+                while self.unwritten:
+                    self.unwritten = self.unwritten[file.write(self.unwritten) :]
+
+    def show(self, text: str) -> None:
+        """On standard output, as long as somebody reads it: a run goes on after `| head`."""
+        try:
+            print(text, end="", flush=True)
+        except OSError:
+            self.terminal = False
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
     def progress(self, line: str, share: float = 0.0) -> None:
         """On a terminal a line that the next one overwrites, elsewhere one for each tenth."""
         tenth = int(10 * share)
         if self.terminal:
-            print(self.CLEAR_LINE + line, end="\r", flush=True)
+            self.show(self.CLEAR_LINE + line + "\r")
         elif tenth != self.tenth:
             self(line)
         self.tenth = tenth
@@ -496,20 +616,91 @@ def read_shard(path: Path) -> np.ndarray:
     return np.frombuffer(pages, dtype="<u2", offset=SHARD_HEADER_BYTES)
 
 
+def is_shard(name: str, split: str = "(train|val)") -> bool:
+    """Six digits exactly: a second download, or bytes per token beside the tokens, is no shard."""
+    return re.fullmatch(rf"fineweb_{split}_[0-9]{{6}}\.bin", name) is not None
+
+
+def no_shards(data_path: str) -> list[str]:
+    """Names of the files that look like shards and are not read as such."""
+    folder = Path(data_path)
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    alike = [name for name in names if re.search(r"^fineweb_|\.bin\b", name, re.IGNORECASE)]
+    return [name for name in alike if not is_shard(name)]
+
+
 def open_split(data_path: str, split: str) -> list[np.ndarray]:
     """All shards of `split` (train or val), in name order."""
     paths = sorted(Path(data_path).glob(f"fineweb_{split}_*.bin"))
-    require(paths, f"DATA_PATH={data_path}: found no fineweb_{split}_*.bin; {GET_DATA}")
+    paths = [path for path in paths if is_shard(path.name, split)]
+    others = "".join(f" {name!r}" for name in no_shards(data_path)[:3])
+    require(
+        paths,
+        f"DATA_PATH={data_path}: found no fineweb_{split}_NNNNNN.bin"
+        f"{others and f', only{others}, which are no shards'}; {GET_DATA}",
+    )
     return [read_shard(path) for path in paths]
 
 
-def check_vocabulary(tokens: np.ndarray, vocab_size: int, source: str) -> None:
-    highest = int(tokens.max(initial=0))
+def digest_of(shards: list[np.ndarray]) -> str:
+    """SHA-256 of the tokens of a split, in their order.
+
+    Of a shard in a split of more than 2^28 tokens it takes 256 blocks of 4,096, evenly spread: 16
+    GB of training text would take a minute, and another text differs in every block.
+    """
+    whole = sum(map(len, shards)) <= 1 << 28  # half a second
+    digest = hashlib.sha256()
+    for shard in shards:
+        digest.update(struct.pack("<q", len(shard)))
+        if whole or len(shard) <= 1 << 20:
+            digest.update(shard.data)
+            continue
+        for first in np.linspace(0, len(shard) - 4096, 256).astype(int):
+            digest.update(shard[first : first + 4096].tobytes())
+    return digest.hexdigest()
+
+
+def read_manifest(data_path: str) -> dict[str, Any]:
+    """The manifest.json that prepare_data.py writes beside shards; empty if there is none."""
+    try:
+        manifest = json.loads((Path(data_path) / "manifest.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return manifest if isinstance(manifest, dict) else {}
+
+
+def check_tokenizer(h: Hyperparameters) -> None:
+    """Raises RunError if the manifest of the shards names another tokenizer than TOKENIZER_PATH."""
+    stated = read_manifest(h.data_path).get("tokenizer")
+    model = Path(h.tokenizer_path).read_bytes()
+    found = hashlib.sha256(model).hexdigest()
+    if isinstance(stated, dict):
+        stated = stated.get("sha256")
+    elif isinstance(stated, str) and len(stated) == 32:  # manifests before version 2
+        found = hashlib.blake2b(model, digest_size=16).hexdigest()
+    else:  # of another program: the check of documents remains
+        return
     require(
-        highest < vocab_size,
-        f"{source}: token id {highest} found, expected less than VOCAB_SIZE={vocab_size}; "
-        "use the shards of this vocabulary",
+        stated in (None, found),
+        f"TOKENIZER_PATH={h.tokenizer_path}: its digest is {found}, but manifest.json in "
+        f"DATA_PATH={h.data_path} names {stated}; set the tokenizer of these shards",
     )
+
+
+def vocabulary_fault(tokens: np.ndarray, vocab_size: int, source: str) -> str:
+    """Why `tokens` cannot be of the vocabulary; empty if they can."""
+    highest = int(tokens.max(initial=0))
+    if highest < vocab_size:
+        return ""
+    return (
+        f"{source}: token id {highest} found, expected less than VOCAB_SIZE={vocab_size}; "
+        "use the shards of this vocabulary"
+    )
+
+
+def check_vocabulary(tokens: np.ndarray, vocab_size: int, source: str) -> None:
+    fault = vocabulary_fault(tokens, vocab_size, source)
+    require(not fault, fault)
 
 
 class BatchPlan:
@@ -532,6 +723,7 @@ class BatchPlan:
             f"training shards: expected at least one of {2 * seq_len} tokens, found "
             f"{max(map(len, shards))}; lower TRAIN_SEQ_LEN or add text",
         )
+        self.digest = digest_of(shards)
         self.current_epoch = functools.lru_cache(maxsize=1)(self.epoch)
 
     def epoch(self, number: int) -> tuple[int, np.ndarray]:
@@ -556,58 +748,228 @@ class BatchPlan:
         return np.stack(windows, dtype=np.int64)
 
 
+class Batch(NamedTuple):
+    """One rank's part of a batch."""
+
+    tokens: Tensor  # (rows, T+1) int64
+    fault: str  # why it cannot be trained on, and then `tokens` are zeros; empty if it can
+
+
 def prefetch(
     plan: BatchPlan, rows: range, vocab_size: int, device: torch.device, depth: int = 4
-) -> Generator[Tensor]:
+) -> Generator[Batch]:
     """This rank's rows of batches 0, 1, 2 ... on `device`, read `depth` ahead by one thread."""
 
-    def read(step: int) -> Tensor:
-        batch = torch.from_numpy(plan.tokens(step, rows))
-        check_vocabulary(batch.numpy(), vocab_size, f"training batch {step}")
-        return batch.pin_memory() if device.type == "cuda" else batch
+    def read(step: int) -> Batch:
+        tokens = plan.tokens(step, rows)
+        fault = vocabulary_fault(tokens, vocab_size, f"training batch {step}")
+        if fault:
+            tokens = np.zeros_like(tokens)
+        batch = torch.from_numpy(tokens)
+        return Batch(batch.pin_memory() if device.type == "cuda" else batch, fault)
 
     with ThreadPoolExecutor(1) as reader:
         pending = collections.deque(reader.submit(read, step) for step in range(depth))
         for step in itertools.count(depth):
             pending.append(reader.submit(read, step))
-            yield pending.popleft().result().to(device, non_blocking=True)
+            batch = pending.popleft().result()
+            yield batch._replace(tokens=batch.tokens.to(device, non_blocking=True))
+
+
+# SHA-256 of the official tokenizers: they keep the number of the rule, whatever decoding gives.
+OFFICIAL_TOKENIZERS = {
+    "849ea920119b5135ace5016137e82ab397738fc29d723d5f9a6b74c4e31af191",  # fineweb_1024_bpe.model
+    "d76de35070ed9feb76afe3a7efc3a1a0e91e9aa4978360ecdc7fbc22a9725512",  # fineweb_4096_bpe.model
+    "4e979c92754cc9d7bdebd9dfe5edf3fc0b41b38714b394e4297fa851e3afd516",  # fineweb_8192_bpe.model
+}
+REPLACEMENT = "\ufffd"  # what SentencePiece decodes each byte to that is part of no character
 
 
 class ByteTable(NamedTuple):
-    """UTF-8 bytes that a target token adds to the text, by the challenge's rule (arrays of V)."""
+    """The challenge's rule: UTF-8 bytes that a target token adds to the text (arrays of V).
+
+    A piece counts without its leading mark, and the mark counts 1 unless the previous token is a
+    boundary.  The rule is exact if pieces hold a space only in front and nothing is unknown.
+    """
 
     base: np.ndarray  # int64, without the leading space; a byte-fallback token is 1
     leading_space: np.ndarray  # bool, counted unless the previous token is a boundary
-    boundary: np.ndarray  # bool, control and unknown tokens
+    boundary: np.ndarray  # bool, control, unknown and unused tokens
+    decoder: Any = None  # the SentencePieceProcessor; without it the rule cannot be checked
+    official: bool = False  # one of the challenge's own tokenizers
 
     def count(self, tokens: np.ndarray) -> int:
         """Bytes of tokens[1:], each given its predecessor."""
         counts = np.bincount(tokens[1:], minlength=len(self.base))
         after_boundary = tokens[1:][self.boundary[tokens[:-1]]]
-        uncounted_spaces = self.leading_space[after_boundary].sum()
-        return int(counts @ (self.base + self.leading_space) - uncounted_spaces)
+        uncounted = self.leading_space[after_boundary].sum()
+        return int(counts @ (self.base + self.leading_space) - uncounted)
 
 
 def load_byte_table(tokenizer_path: str, vocab_size: int) -> ByteTable:
-    """From a SentencePiece model.  Raises RunError if missing or of another vocabulary."""
+    """From a SentencePiece model.  RunError if missing, of another vocabulary or another BOS."""
+    path = Path(tokenizer_path)
     try:
-        sp = sentencepiece.SentencePieceProcessor(model_file=str(Path(tokenizer_path)))
+        decoder = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
     except (RuntimeError, OSError):
         raise RunError(
             f"TOKENIZER_PATH={tokenizer_path}: missing or not a SentencePiece model; {GET_DATA}"
         ) from None
     require(
-        sp.vocab_size() == vocab_size,
-        f"TOKENIZER_PATH={tokenizer_path}: expected VOCAB_SIZE={vocab_size} pieces, found "
-        f"{sp.vocab_size()}; set both to the same vocabulary",
+        decoder.vocab_size() == vocab_size,
+        f"TOKENIZER_PATH={tokenizer_path}: expected VOCAB_SIZE={vocab_size} pieces, "
+        f"found {decoder.vocab_size()}; set both to the same vocabulary",
     )
+    require(
+        decoder.bos_id() == BOS_ID,
+        f"TOKENIZER_PATH={tokenizer_path}: expected BOS id {BOS_ID}, found {decoder.bos_id()}; "
+        "documents could not be told apart: train the tokenizer with that id, then encode again",
+    )
+
     ids = list(range(vocab_size))
-    boundary = np.any([sp.is_control(ids), sp.is_unknown(ids), sp.is_unused(ids)], axis=0)
-    pieces = sp.id_to_piece(ids)
-    without_space = [len(piece.removeprefix(SPACE).encode()) for piece in pieces]
-    sizes = np.where(sp.is_byte(ids), 1, without_space)
+    pieces = decoder.id_to_piece(ids)
+    kinds = [decoder.is_control(ids), decoder.is_unknown(ids), decoder.is_unused(ids)]
+    boundary = np.any(kinds, axis=0)
     spaced = np.array([piece.startswith(SPACE) for piece in pieces])
-    return ByteTable(np.where(boundary, 0, sizes), spaced & ~boundary, boundary)
+    sizes = np.array([len(piece.removeprefix(SPACE).encode()) for piece in pieces])
+    sizes[decoder.is_byte(ids)] = 1
+    sizes[boundary] = 0
+    return ByteTable(sizes, spaced & ~boundary, boundary, decoder, digest in OFFICIAL_TOKENIZERS)
+
+
+def occurrences(tokens: np.ndarray, pattern: list[int]) -> int:
+    """How often the ids of `pattern` follow each other in `tokens`."""
+    last = max(0, len(tokens) - len(pattern) + 1)
+    found = np.ones(last, dtype=bool)
+    for offset, token in enumerate(pattern):
+        found &= tokens[offset : offset + last] == token
+    return int(found.sum())
+
+
+def spelling(decoder: Any, character: str) -> list[int]:
+    """Ids of the byte tokens that spell `character`; -1, no token, if the model has none."""
+    ids = [decoder.piece_to_id(f"<0x{byte:02X}>") for byte in character.encode()]
+    return [token if decoder.is_byte(token) else -1 for token in ids]
+
+
+def decoded_bytes(tokens: np.ndarray, table: ByteTable) -> tuple[int, int]:
+    """UTF-8 bytes of the text of tokens[1:], and how many byte tokens spell no character.
+
+    SentencePiece decodes document by document; where that does not give the text back, the count
+    is set right.  Byte tokens that spell U+2581 stand for a space.  The dummy space that encoding
+    adds is no text, but decoding leaves it if byte tokens spell it, or if it stands at the end
+    (treat_whitespace_as_suffix), where a space of the text is dropped from the front instead.  A
+    byte that belongs to no character, as where a text was cut, decodes to the three of U+FFFD: it
+    counts 1, as it did in the text.
+    """
+    decoder = table.decoder
+    dummy = decoder.normalize("a")
+    size = replaced = 0
+    documents = np.split(tokens, np.flatnonzero(tokens == BOS_ID))
+    for start in range(0, len(documents), 512):
+        batch = [document.tolist() for document in documents[start : start + 512]]
+        for text in decoder.decode(batch):
+            size += len(text.encode()) - 2 * text.count(SPACE)
+            replaced += text.count(REPLACEMENT)
+            if dummy.endswith(SPACE) and text.endswith((" ", SPACE)):
+                size -= 1
+
+    if dummy.startswith(SPACE):
+        size -= occurrences(tokens, [BOS_ID, *spelling(decoder, SPACE)])
+    if dummy.endswith(SPACE):
+        size += int(table.leading_space[tokens[1:][tokens[:-1] == BOS_ID]].sum())
+    if replaced:  # less those that are characters of the text, spelled in bytes or within pieces
+        replaced -= occurrences(tokens, spelling(decoder, REPLACEMENT))
+        for token, times in enumerate(np.bincount(tokens).tolist()):
+            if times and not decoder.is_byte(token):
+                replaced -= times * decoder.decode([token]).count(REPLACEMENT)
+
+    first = int(tokens[0])  # no target
+    first_size = 1 if decoder.is_byte(first) else len(decoder.decode([first]).encode())
+    return size - 2 * replaced - first_size, replaced
+
+
+def explain_difference(tokens: np.ndarray, table: ByteTable, difference: int) -> str:
+    """The decoded bytes minus the rule's, split by cause."""
+    decoder = table.decoder
+    ids = list(range(len(table.base)))
+    counts = np.bincount(tokens[1:], minlength=len(ids))
+
+    left_out = np.flatnonzero(table.boundary & ~np.array(decoder.is_control(ids))).tolist()
+    shown = sum(int(counts[i]) * len(decoder.decode([i]).encode()) for i in left_out)
+    marks = np.array([piece[1:].count(SPACE) for piece in decoder.id_to_piece(ids)])
+    marks[table.boundary] = 0
+    parts = {
+        "unknown tokens, of no bytes by the rule": shown,
+        "spaces within or behind pieces, of 3 bytes by the rule": -2 * int(counts @ marks),
+        "spaces in 3 byte tokens": -2 * occurrences(tokens, spelling(decoder, SPACE)),
+    }
+    rest = difference - sum(parts.values())
+    parts["the dummy space of each document and spaces beside control or unknown tokens"] = rest
+    return ", ".join(f"{size:+,} for {cause}" for cause, size in parts.items() if size)
+
+
+def text_bytes(tokens: np.ndarray, table: ByteTable) -> tuple[int, str | None]:
+    """UTF-8 bytes of the text of tokens[1:], and a line for the log where they need a word.
+
+    They are those that decoding gives, whatever the tokenizer; but for the official tokenizers
+    those of the rule, by which the challenge compares.  Takes about 10 s for 62M tokens.
+    """
+    by_rule = table.count(tokens)
+    if table.decoder is None:
+        return by_rule, None
+
+    decoded, stray = decoded_bytes(tokens, table)
+    notes = []
+    if decoded != by_rule:
+        reasons = explain_difference(tokens, table, decoded - by_rule)
+        used = "the rule, as the tokenizer is official" if table.official else "the decoded text"
+        notes.append(
+            f"the tokens decode to {decoded:,} bytes, the challenge's rule counts {by_rule:,} "
+            f"({reasons}); val_bytes and val_bpb are by {used}"
+        )
+    if stray:
+        notes.append(
+            f"{stray:,} byte tokens spell no character and count 1 each: "
+            "a document was cut, or the tokenizer is another one's"
+        )
+    used_bytes = by_rule if table.official else decoded
+    return used_bytes, "; ".join(notes) or None
+
+
+def foreign_tokenizer(tokens: np.ndarray, table: ByteTable) -> str | None:
+    """A line for the log if the shards seem to be of another tokenizer, else None.
+
+    Encoding what a document decodes to gives its tokens again, but for a dummy space that stays in
+    the text.  With another tokenizer of the same size, tokens decode to fragments that it would
+    never encode so.
+    """
+    decoder = table.decoder
+    if decoder is None:
+        return None
+    sample = tokens[: 1 << 17]
+    control = np.array(decoder.is_control(list(range(len(table.base)))))
+    parts = np.split(sample, np.flatnonzero(control[sample]))
+    # The first part has no beginning, the last one may be cut; unknown text has no tokens.
+    known = [part[1:] for part in parts[1:-1] if not table.boundary[part[1:]].any()]
+    known = [document for document in known if len(document)]
+    edge = 0
+    if not known:  # blocks then, less what a cut changes at their ends
+        runs = np.split(sample, np.flatnonzero(table.boundary[sample]))
+        known = [run[i : i + 256] for run in runs for i in range(1, len(run) - 32, 256)]
+        edge = 8
+
+    same = 0
+    for ids in known:
+        again = np.array(decoder.encode(decoder.decode(ids.tolist())), dtype=ids.dtype)
+        same += ids[edge : len(ids) - edge].tobytes() in again.tobytes()
+    if same >= 0.8 * len(known):
+        return None
+    return (
+        f"only {same} of {len(known)} validation documents give their tokens again when their text "
+        "is encoded with TOKENIZER_PATH; if the shards are of another tokenizer, val_bpb is wrong"
+    )
 
 
 # ---- 5. Model -----------------------------------------------------------------------------------
@@ -1301,7 +1663,7 @@ def announce_operators() -> None:
 
 
 def choose_kernels(h: Hyperparameters, runtime: Runtime, log: RunLog) -> Kernels:
-    """The first attention that agrees with float32 math, and the fused layers on Hopper.
+    """The first attention and, if they run, the fused layers that agree with float32 math.
 
     Nothing is chosen by timing, so that results repeat bit for bit.
     """
@@ -1309,7 +1671,7 @@ def choose_kernels(h: Hyperparameters, runtime: Runtime, log: RunLog) -> Kernels
         log("attention:sdpa, plain layers (the only ones on a CPU)")
         return Kernels()
     name, attend, error = first_correct_attention(h, runtime.device, log)
-    fused = fused_layers_run(h)
+    fused = fused_layers_run(h, runtime.device, log)
     layers = "fused" if fused else "plain"
     log(f"attention:{name} relative_error:{error:.1e}, {layers} layers")
     if not fused:
@@ -1317,13 +1679,68 @@ def choose_kernels(h: Hyperparameters, runtime: Runtime, log: RunLog) -> Kernels
     return Kernels(attend, FusedHeads.apply, FusedMLP.apply)
 
 
-def fused_layers_run(h: Hyperparameters) -> bool:
-    """On Hopper, with sizes that tensor descriptors and the kernel for heads can take."""
-    aligned = h.mlp_hidden % 8 == 0 and h.model_dim % 8 == 0
-    whole_programs = h.train_seq_len % HEAD_ROWS == 0
-    power_of_two = h.head_dim & (h.head_dim - 1) == 0
-    hopper = torch.cuda.get_device_capability() >= (9, 0)
-    return hopper and aligned and whole_programs and power_of_two
+def fused_layers_run(h: Hyperparameters, device: torch.device, log: RunLog) -> bool:
+    """The fused layers are right here: they are tried, as GPUs differ in what their kernels need.
+
+    They are made for Hopper.  Later GPUs have some of its instructions and less shared memory.
+    """
+    if torch.cuda.get_device_capability(device) < (9, 0):
+        return False
+    try:
+        require(triton, "Triton is not installed")
+        sizes = h.mlp_hidden % 8 == 0 and h.model_dim % 8 == 0 and h.train_seq_len % HEAD_ROWS == 0
+        require(sizes, "a width or TRAIN_SEQ_LEN is no multiple of what a tile needs")
+        require(h.head_dim & (h.head_dim - 1) == 0, f"a head of {h.head_dim} dims is no power of 2")
+        error = fused_error(h, device)
+        require(error < 3e-2, f"relative error {error:.1e}")
+    except Exception as problem:  # what this GPU, driver or version does not run
+        log(f"fused layers refused ({type(problem).__name__}: {str(problem)[:120]})")
+        return False
+    return True
+
+
+def fused_error(h: Hyperparameters, device: torch.device) -> float:
+    """Largest relative error of the fused layers' outputs and gradients on one random sequence."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def random(*shape: int, scale: float = 1.0) -> Tensor:
+        return scale * torch.randn(shape, generator=generator, device=device)
+
+    dim = h.model_dim
+    x = random(1, h.train_seq_len, dim)
+    qkv = random(dim + 2 * h.kv_dim, dim, scale=dim**-0.5)
+    gain = 1 + 0.1 * random(h.num_heads)
+    up, down = (random(h.mlp_hidden, dim, scale=dim**-0.5) for _ in range(2))
+    rotary = rotary_table(h.train_seq_len, h.rope_dims, h.rope_base, device)
+
+    def heads(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda x, qkv, gain: torch.cat(function(x, qkv, gain, rotary), 2)
+
+    def mlp(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda x, up, down: function(x, up, down, 0.5, h.mlp_slope)
+
+    return max(
+        twin_error(heads(FusedHeads.apply), heads(project_heads), [x, qkv, gain]),
+        twin_error(mlp(FusedMLP.apply), mlp(relu2_mlp), [x, up, down]),
+    )
+
+
+def twin_error(fast: Callable[..., Any], plain: Callable[..., Any], inputs: list[Tensor]) -> float:
+    """Largest relative error, in bfloat16, of output and gradients against `plain` in float32."""
+
+    def results(function: Callable[..., Any], dtype: torch.dtype) -> list[Tensor]:
+        # Both get the values that bfloat16 holds.
+        leaves = [tensor.bfloat16().to(dtype).requires_grad_() for tensor in inputs]
+        y = function(*leaves)
+        dy = torch.randn(
+            y.shape, generator=torch.Generator(y.device).manual_seed(1), device=y.device
+        )
+        return [y.detach(), *torch.autograd.grad(y, leaves, dy.bfloat16().to(dtype))]
+
+    found = results(fast, torch.bfloat16)
+    exact = results(plain, torch.float32)
+    errors = [(a.float() - b).norm() / b.norm() for a, b in zip(found, exact, strict=True)]
+    return max(float(error) for error in errors)
 
 
 def first_correct_attention(
@@ -1346,20 +1763,10 @@ def attention_error(h: Hyperparameters, attend: Attend, device: torch.device) ->
 
     def random(heads: int) -> Tensor:
         shape = (2, h.train_seq_len, heads, h.head_dim)
-        return torch.randn(shape, generator=generator, device=device).bfloat16()
+        return torch.randn(shape, generator=generator, device=device)
 
     inputs = [random(heads) for heads in (h.num_heads, h.num_kv_heads, h.num_kv_heads)]
-    dy = random(h.num_heads)
-
-    def results(function: Attend, dtype: torch.dtype) -> list[Tensor]:
-        q, k, v = (tensor.to(dtype).requires_grad_() for tensor in inputs)
-        y = function(q, k, v)
-        return [y.detach(), *torch.autograd.grad(y, (q, k, v), dy.to(dtype))]
-
-    found = results(attend, torch.bfloat16)
-    exact = results(sdpa(SDPBackend.MATH), torch.float32)
-    errors = [(a.float() - b).norm() / b.norm() for a, b in zip(found, exact, strict=True)]
-    return max(float(error) for error in errors)
+    return twin_error(attend, sdpa(SDPBackend.MATH), inputs)
 
 
 # ---- 7. Quantizer -------------------------------------------------------------------------------
@@ -2089,7 +2496,9 @@ class Evaluator:
         self.runtime = runtime
         self.targets = len(tokens) - 1
         require(self.targets > 0, "validation split: expected at least 2 tokens; build it again")
-        self.text_bytes = table.count(tokens)
+        self.text_bytes, bytes_note = text_bytes(tokens, table)
+        self.notes = [note for note in (bytes_note, foreign_tokenizer(tokens, table)) if note]
+        self.val_digest = hashlib.sha256(tokens.astype("<u2").tobytes()).hexdigest()
         self.dataset = dataset_label(h, self.text_bytes)
         self.tokens = torch.from_numpy(tokens.astype(np.int32)).to(runtime.device)
         batch_tokens = min(h.val_batch_size // runtime.world_size, h.micro_batch_tokens)
@@ -2105,7 +2514,11 @@ class Evaluator:
         """Of the validation split and the tokenizer that `h` names, both checked."""
         tokens = np.concatenate(open_split(h.data_path, "val"))
         check_vocabulary(tokens, h.vocab_size, f"{h.data_path}/fineweb_val_*.bin")
-        return cls(h, runtime, tokens, load_byte_table(h.tokenizer_path, h.vocab_size))
+        table = load_byte_table(h.tokenizer_path, h.vocab_size)
+        check_tokenizer(h)
+        evaluator = cls(h, runtime, tokens, table)
+        require(evaluator.text_bytes, f"{h.data_path}/fineweb_val_*.bin: no text; build it again")
+        return evaluator
 
     @torch.no_grad()
     def score(self, model: GPT, stride: int = 0, log: RunLog | None = None) -> Score:
@@ -2185,7 +2598,7 @@ def dataset_label(h: Hyperparameters, text_bytes: int) -> str:
 
     That size is the same for all vocabularies but for a few kB of what a tokenizer does not know.
     """
-    if "sample" in Path(h.data_path).name:
+    if Path(h.data_path).name == f"sample_sp{h.vocab_size}":  # as prepare_data.py calls it
         return "sample"
     if abs(text_bytes / FINEWEB_VAL_BYTES - 1) < 1e-3:
         return f"fineweb10B_sp{h.vocab_size}"
@@ -2279,14 +2692,22 @@ class Trainer:
         self.qat_steps = 0
         self.graphs_warmed_up = 0  # compiled by the end of the warm-up
 
-    def train_step(self, tokens: Tensor, lr: float, decay: float = 0.0) -> Tensor:
-        """One optimizer step on this rank's (local, T+1) tokens; the global mean loss, 0-d."""
+    def train_step(
+        self, tokens: Tensor, lr: float, decay: float = 0.0, spoiled: bool = False
+    ) -> Tensor:
+        """One optimizer step on this rank's (local, T+1) tokens; the global mean loss, 0-d.
+
+        `spoiled`: these are no tokens to train on.  The loss is nan then on all ranks, which so
+        learn of it together, and no weight moves.
+        """
         sums: list[Tensor] = []
         for micro_batch in tokens.chunk(self.layout.micro):
             new = self.gradients(micro_batch)
             if self.layout.micro > 1:  # micro-batches add up in float32
                 new = [tensor.to(torch.float32, copy=True) for tensor in new]
             sums = list(torch._foreach_add(sums, new)) if sums else new
+        if spoiled:
+            torch._foreach_mul_(sums, math.nan)
         self.optimizer.lr.fill_(lr)
         self.optimizer.decay.fill_(decay)
         self.qat_steps += self.optimizer.late_qat.on
@@ -2444,7 +2865,10 @@ class PendingLosses:
                 self.report(step.number, loss, self.ends[-1], self.seconds_per_step())
             elif not self.fault:
                 before = ", ".join(f"{value:.4f}" for value in self.latest)
-                self.fault = f"step {step.number}: the loss is {loss} (before: {before})"
+                self.fault = (
+                    f"step {step.number}: the loss is {loss} (before: {before}); "
+                    "lower MATRIX_LR, EMBED_LR or SCALAR_LR"
+                )
 
     def seconds_per_step(self) -> float:
         """Mean over the latest steps; 0 before two have ended."""
@@ -2505,13 +2929,21 @@ class Progress:
         )
 
 
+def ending_signals() -> list[signal.Signals]:
+    """Ctrl-C, `kill`, and the end of the terminal unless nohup has it ignored."""
+    signals = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signals.append(signal.SIGHUP)
+    return signals
+
+
 @contextlib.contextmanager
 def received_signals() -> Iterator[list[int]]:
-    """SIGINT and SIGTERM end up in the list instead of ending the process."""
+    """Signals that would end the process end up in the list instead."""
     received: list[int] = []
     handlers = {
         number: signal.signal(number, lambda number, _: received.append(number))
-        for number in (signal.SIGINT, signal.SIGTERM)
+        for number in ending_signals()
     }
     try:
         yield received
@@ -2532,6 +2964,8 @@ class TrainingFacts:
     swa_steps: int
     train_shards: int
     train_tokens: int
+    train_digest: str  # of the training split
+    code_sha256: str  # of the program that trained
     final_train_loss: float | None
     interrupted: bool
     graphs_compiled_on_clock: int
@@ -2563,6 +2997,7 @@ def train(
     step = 0
     progress = 0.0
     interrupted = False
+    data_fault = ""
 
     with received_signals() as signals:
         runtime.agree_on(None)  # all ranks are ready
@@ -2577,18 +3012,18 @@ def train(
                 break
 
             if h.val_loss_every and step and step % h.val_loss_every == 0:
-                losses.land()
-                clock.stop()
-                lines.validation(step, evaluator.score(trainer.model), clock.total)
-                clock.start()
+                validate(step, evaluator, trainer.model, losses, lines)
 
+            batch = next(loader)
             now = plan_step(h, step, elapsed, progress)
             progress = now.progress
             step += 1
             if now.lr < h.qat_threshold and not optimizer.late_qat.on:
                 grid_step = optimizer.start_late_qat(trainer.weight_bytes())
                 log(f"late_qat:on step:{step} lr_scale:{now.lr:.4f} grid_step:{grid_step:.6g}")
-            loss = trainer.train_step(next(loader), now.lr * lr_warmup(h, step), now.decay)
+            lr = now.lr * lr_warmup(h, step)
+            loss = trainer.train_step(batch.tokens, lr, now.decay, spoiled=bool(batch.fault))
+            data_fault = data_fault or batch.fault
             if now.lr < h.swa_threshold:
                 trainer.average.update(optimizer.masters())
             losses.push(step, loss)
@@ -2596,9 +3031,21 @@ def train(
         clock.stop()
 
     loader.close()
+    data_faults = [fault for fault in runtime.gather(data_fault) if fault]
+    losses.fault = data_faults[0] if data_faults else losses.fault
     facts = training_facts(trainer, plan, clock, losses, step, interrupted)
     log(f"training {facts}")
     return trainer.stages(), facts
+
+
+def validate(
+    step: int, evaluator: Evaluator, model: GPT, losses: PendingLosses, lines: Progress
+) -> None:
+    """The training clock stands still for it."""
+    losses.land()
+    losses.clock.stop()
+    lines.validation(step, evaluator.score(model), losses.clock.total)
+    losses.clock.start()
 
 
 def training_facts(
@@ -2618,6 +3065,8 @@ def training_facts(
         swa_steps=trainer.average.count,
         train_shards=len(plan.shards),
         train_tokens=sum(map(len, plan.shards)),
+        train_digest=plan.digest,
+        code_sha256=code_digest(),
         final_train_loss=losses.latest[-1] if losses.latest else None,
         interrupted=interrupted,
         graphs_compiled_on_clock=graphs_compiled() - trainer.graphs_warmed_up,
@@ -2661,8 +3110,34 @@ class RunFiles:
         path = self.folder / name
         return path.with_suffix(self.PARTIAL + path.suffix)
 
-    def finish(self) -> None:
-        """Gives the files that this run wrote their names."""
+    @contextlib.contextmanager
+    def locked(self, runtime: Runtime) -> Iterator[None]:
+        """Keeps every other run out of the folder.  Raises RunError if another one is in it.
+
+        The system drops the lock with the process, however that ends; the file itself says nothing.
+        """
+        if runtime.rank:
+            yield
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / "run.lock").open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                raise RunError(
+                    f"OUTPUT_DIR={self.folder}: in use by {file.read() or 'another run'}; "
+                    "set another OUTPUT_DIR, or start all ranks by one torchrun"
+                ) from None
+            file.truncate(0)
+            began = time.strftime("%Y-%m-%d %H:%M:%S")
+            file.write(f"process {os.getpid()} on {platform.node()} since {began}")
+            file.flush()
+            yield
+
+    def finish(self, log: RunLog) -> None:
+        """Gives the files that this run wrote their names.  Raises OSError if the disk is full."""
+        log.flush()
         written = [self.log]
         if not self.h.eval_only:
             written.append(self.artifact)
@@ -2694,34 +3169,52 @@ class RunResult(NamedTuple):
     bytes_model: int
 
 
-def run(h: Hyperparameters, runtime: Runtime) -> RunResult:
+def run(h: Hyperparameters, runtime: Runtime, checkpoint: Checkpoint | None = None) -> RunResult:
     """The stages: train or load, pack, score what is on disk, report."""
-    session = open_session(h, runtime)
-    scores: dict[str, Score] = {}
-    facts = None
-    if not h.eval_only:
-        stages, facts = train_or_load(session)
-        for stage, state in stages.items():
-            model = load_model(h, runtime, state, session.kernels)
-            scores[stage] = score(session, model, f"stage:{stage}")
-        pack_stage(session, stages["averaged"])
-    bytes_model = score_from_disk(session, scores)
-    result = RunResult(scores, facts, SOURCE.stat().st_size, bytes_model)
-    if runtime.rank == 0:
-        report(session, result)
-    return result
+    files = RunFiles(h)
+    with files.locked(runtime):
+        session = open_session(h, runtime, files)
+        scores: dict[str, Score] = {}
+        facts = None
+        if not h.eval_only:
+            stages, facts = checkpoint or train_and_save(session)
+            with resumable(session):
+                for stage, state in stages.items():
+                    model = load_model(h, runtime, state, session.kernels)
+                    scores[stage] = score(session, model, f"stage:{stage}")
+                pack_stage(session, stages["averaged"])
+        with resumable(session):
+            bytes_model = score_from_disk(session, scores)
+        result = RunResult(scores, facts, SOURCE.stat().st_size, bytes_model)
+        if runtime.rank == 0:
+            report(session, result)
+        return result
 
 
-def open_session(h: Hyperparameters, runtime: Runtime) -> Session:
+@contextlib.contextmanager
+def resumable(session: Session) -> Iterator[None]:
+    """What is interrupted here has its weights on disk, and the message names them."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if session.h.eval_only:
+            raise
+        weights = session.h.resume_from or session.files.weights
+        raise RunError(f"interrupted: RESUME_FROM={weights} packs and scores it") from None
+
+
+def open_session(h: Hyperparameters, runtime: Runtime, files: RunFiles) -> Session:
     """Opens and checks all that the run reads; only then its log, so that a run which cannot start
     leaves the last one's files alone."""
     batch_layout(h, runtime.world_size)  # refuses what does not divide
-    require(
-        not h.eval_dump or runtime.rank or Path(h.eval_dump).absolute().parent.is_dir(),
-        f"EVAL_DUMP={h.eval_dump}: expected a file in a folder that exists; make it",
-    )
+    if h.eval_dump and runtime.rank == 0:
+        dump = Path(h.eval_dump).absolute()
+        require(
+            dump.parent.is_dir() and not dump.is_dir(),
+            f"EVAL_DUMP={h.eval_dump}: expected a file in a folder that exists; make the folder, "
+            "or name a file in it",
+        )
     evaluator = Evaluator.open(h, runtime)
-    files = RunFiles(h)
     settings = json.dumps(asdict(h), indent=1)
     head = f"{SOURCE.read_text()}\n{'=' * 80}\n{settings}\n"
     log = RunLog(files.log if runtime.rank == 0 else None, head)
@@ -2732,6 +3225,10 @@ def open_session(h: Hyperparameters, runtime: Runtime) -> Session:
         f"val_bytes:{evaluator.text_bytes} model_params:{h.parameters()} "
         f"world_size:{runtime.world_size} seed:{h.seed}"
     )
+    for name in no_shards(h.data_path):
+        log(f"note: {h.data_path}/{name} is not read: its name is not that of a shard")
+    for note in evaluator.notes:
+        log(f"note: {note}")
     kernels = choose_kernels(h, runtime, log)
     return Session(h, runtime, files, log, evaluator, environment, kernels)
 
@@ -2751,13 +3248,21 @@ def environment_facts(runtime: Runtime) -> dict[str, Any]:
     }
 
 
-def train_or_load(session: Session) -> tuple[Stages, TrainingFacts]:
-    """Float weights by stage and the facts of their training, from RESUME_FROM or by training."""
+class Checkpoint(NamedTuple):
+    """The weights of a training run and all that the record must say of it."""
+
+    stages: Stages
+    facts: TrainingFacts
+
+
+def train_and_save(session: Session) -> Checkpoint:
+    """Trains.  Raises RunError, with the weights on disk, if that ended in a fault or early."""
     h = session.h
-    if h.resume_from:
-        return load_checkpoint(h, session.runtime)
-    batch_seqs = h.train_batch_tokens // h.train_seq_len
-    plan = BatchPlan(open_split(h.data_path, "train"), h.train_seq_len, batch_seqs, h.seed)
+    shards = open_split(h.data_path, "train")
+    if sum(map(len, shards)) <= 1 << 28:  # under a second; larger splits are checked on the way
+        for shard in shards:
+            check_vocabulary(shard, h.vocab_size, f"{h.data_path}/fineweb_train_*.bin")
+    plan = BatchPlan(shards, h.train_seq_len, h.train_batch_tokens // h.train_seq_len, h.seed)
     trainer = Trainer(h, session.runtime, session.kernels)
     stages, facts = train(h, session.runtime, session.log, session.evaluator, trainer, plan)
     finite = all(bool(w.isfinite().all()) for w in stages["averaged"].values())
@@ -2767,31 +3272,42 @@ def train_or_load(session: Session) -> tuple[Stages, TrainingFacts]:
         kept = "no finite weights left"
         if finite:
             kept = f"RESUME_FROM={session.files.weights} scores what it left"
-        raise RunError(f"{facts.fault}; lower MATRIX_LR, EMBED_LR or SCALAR_LR; {kept}")
+        raise RunError(f"{facts.fault}; {kept}")
     if facts.interrupted and h.on_interrupt == "save":
         raise RunError(
             f"interrupted at step {facts.step_stop}: RESUME_FROM={session.files.weights} scores it"
         )
-    return stages, facts
+    return Checkpoint(stages, facts)
 
 
 def save_checkpoint(path: Path, h: Hyperparameters, stages: Stages, facts: TrainingFacts) -> None:
     content = io.BytesIO()
-    checkpoint = {"architecture": architecture_of(h), "facts": asdict(facts), "stages": stages}
-    torch.save(checkpoint, content)
+    torch.save({"settings": asdict(h), "facts": asdict(facts), "stages": stages}, content)
     write_atomic(path, content.getvalue())
 
 
-def load_checkpoint(h: Hyperparameters, runtime: Runtime) -> tuple[Stages, TrainingFacts]:
+def load_checkpoint(
+    h: Hyperparameters, runtime: Runtime, env: Mapping[str, str]
+) -> tuple[Hyperparameters, Checkpoint]:
+    """RESUME_FROM's weights, and the settings that they were trained with in place of `h`.
+
+    Raises RunError if it is no checkpoint, or if `env` overrides what was trained.
+    """
     content = io.BytesIO(read_file(h.resume_from, "RESUME_FROM", runtime))
     try:
         saved = torch.load(content, map_location=runtime.device, weights_only=True)
-        architecture, stages = saved["architecture"], saved["stages"]
-        facts = TrainingFacts(**saved["facts"])
+        checkpoint = Checkpoint(saved["stages"], TrainingFacts(**saved["facts"]))
+        settings = dict(saved["settings"])
     except Exception:
-        raise RunError(f"RESUME_FROM={h.resume_from}: not a run's final_model.pt") from None
-    check_architecture(h, architecture, h.resume_from)
-    return stages, facts
+        raise RunError(
+            f"RESUME_FROM={h.resume_from}: not the final_model.pt of a run of this version"
+        ) from None
+    h = settings_of_weights(settings, env)
+    shapes = {name: row.shape for name, row in parameter_table(h).items()}
+    for stage in checkpoint.stages.values():
+        found = {name: tuple(w.shape) for name, w in stage.items()}
+        require(found == shapes, f"RESUME_FROM={h.resume_from}: weights and settings disagree")
+    return h, checkpoint
 
 
 def read_file(path: str | Path, variable: str, runtime: Runtime) -> bytes:
@@ -2866,7 +3382,7 @@ def report(session: Session, result: RunResult) -> None:
         f"bytes_total:{result.bytes_code + result.bytes_model} "
         f"(code {result.bytes_code} + model {result.bytes_model}, cap {session.h.artifact_bytes})"
     )
-    session.files.finish()
+    session.files.finish(log)
 
 
 def write_result(session: Session, result: RunResult, facts: TrainingFacts) -> None:
@@ -2874,14 +3390,17 @@ def write_result(session: Session, result: RunResult, facts: TrainingFacts) -> N
     h = session.h
     folder = session.files.folder
     scores = {stage: asdict(score) for stage, score in result.scores.items()}
-    code_sha256 = hashlib.sha256(SOURCE.read_bytes()).hexdigest()
     fields = dataclasses.fields(h)
     same_for_all_seeds = [field.name for field in fields if not field.metadata["per_run"]]
-    # Results whose recipes are equal are merged as seeds.
+    # Results whose recipes are equal are merged as seeds.  Data are told apart by content.
     recipe = {name: getattr(h, name) for name in same_for_all_seeds} | {
-        "code": code_sha256,
+        "code": facts.code_sha256,
+        "packing_code": code_digest(),
         "dataset": session.evaluator.dataset,
+        "train_tokens": facts.train_tokens,
+        "train_digest": facts.train_digest,
         "val_tokens": result.scores["packed"].tokens,
+        "val_digest": session.evaluator.val_digest,
         "hardware": session.environment["hardware"],
         "whole_run": not (facts.interrupted or facts.fault),
     }
@@ -2892,7 +3411,7 @@ def write_result(session: Session, result: RunResult, facts: TrainingFacts) -> N
         "model_params": h.parameters(),
         "environment": session.environment,
         "training": asdict(facts),
-        "code_sha256": code_sha256,
+        "code_sha256": facts.code_sha256,
         "bytes_code": result.bytes_code,
         "bytes_model": result.bytes_model,
         "time": time.time(),
@@ -2900,32 +3419,55 @@ def write_result(session: Session, result: RunResult, facts: TrainingFacts) -> N
     }
     # The seed is that of the training, whatever SEED is where RESUME_FROM goes on with it.
     write_atomic(folder / f"result_seed{facts.seed}.json", json.dumps(content).encode())
-    if importlib.util.find_spec("record"):
-        from record import write_submission
+    if importlib.util.find_spec("record") is None:  # this file alone trains and scores as well
+        return
+    from record import write_submission
 
+    try:
         write_submission(folder, os.environ, session.log)
+    except Exception as problem:  # no reason to leave a finished run unfinished
+        session.log(
+            f"note: submission.json was not written ({type(problem).__name__}: {problem}); "
+            f"mend that and run `python record.py {folder}`"
+        )
+
+
+def interrupt(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def main() -> None:
     """Exits with 0, or with 1 and one message on stderr."""
     try:
-        h = Hyperparameters.from_env(os.environ)
+        for number in ending_signals():  # outside of training each of them is a Ctrl-C
+            signal.signal(number, interrupt)
+        resumes = bool(os.environ.get("RESUME_FROM"))
+        settings_from = settings_of_process if resumes else Hyperparameters.from_env
+        h = settings_from(os.environ)
+        runtime = Runtime.start(h, os.environ)
+        checkpoint = None
+        if resumes:
+            h, checkpoint = load_checkpoint(h, runtime, os.environ)
         if h.data_path == "sample":
             from prepare_data import with_sample
 
             h = with_sample(h)  # the paths of the built-in corpus, which is built if missing
-        run(h, Runtime.start(h, os.environ))
+        run(h, runtime, checkpoint)
         if dist.is_initialized():
             dist.destroy_process_group()
     except (RunError, OSError, RuntimeError, KeyboardInterrupt) as error:
+        speaks = (os.environ.get("RANK") or "0") == "0"
+        for number in ending_signals():  # torchrun ends the ranks that wait for rank 0 to speak
+            signal.signal(number, signal.SIG_IGN if speaks else signal.SIG_DFL)
         lost_a_rank = isinstance(error, RuntimeError) and "gloo" in str(error).lower()
         if isinstance(error, RuntimeError) and not lost_a_rank:
             raise  # a bug, not a collective whose peer has gone
-        rank = int(os.environ.get("RANK", 0))
+        rank = int(os.environ.get("RANK") or 0)
         if rank:  # most faults meet all ranks: rank 0 speaks first
             time.sleep(2)
         kind = "lost a rank" if lost_a_rank else "error"
-        print(f"{kind} (rank {rank}): {message_of(error)}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # standard error may have gone with its terminal
+            print(f"{kind} (rank {rank}): {message_of(error)}", file=sys.stderr, flush=True)
         os._exit(1)  # at once: the other ranks may be inside collectives, and torchrun ends them
 
 

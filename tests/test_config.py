@@ -249,7 +249,7 @@ BOUNDS = {  # lowest and highest value of every number that is not just 0 or mor
     "beta1": (0, 1 - 1e-9), "beta2": (0, 1 - 1e-9), "muon_beta2": (0, 1 - 1e-9),
     "muon_momentum": (0, 1 - 1e-9), "muon_momentum_warmup_start": (0, 1 - 1e-9),
     "warmdown_fraction": (1e-12, 1), "key_shift": (0, 1), "mlp_slope": (0, 1),
-    "zstd_level": (1, 22),
+    "zstd_level": (1, 22), "seed": (0, 2**63 - 1),
 }  # fmt: skip
 NUMBERS = sorted(name for name, field in FIELDS.items() if field.type != "str")
 CHOICES = {"device": ("auto", "cpu", "cuda"), "on_interrupt": ("save", "finish")}
@@ -270,7 +270,7 @@ def marked(fact: str) -> set[str]:
 
 
 def test_every_field_declares_the_same_facts() -> None:
-    facts = {"low", "high", "choices", "architecture", "per_run"}
+    facts = {"low", "high", "choices", "architecture", "per_run", "trains"}
     assert all(field.metadata.keys() == facts for field in FIELDS.values())
 
 

@@ -1,24 +1,19 @@
 """Claims about shards, the batch plan, the prefetcher and the byte tables."""
 
-import functools
 import itertools
+import shutil
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import sentencepiece
+import small_run
 import support
 import torch
 
 import train_gpt
-from prepare_data import with_sample
-from train_gpt import BatchPlan, RunError, load_byte_table, open_split, prefetch, read_shard
-
-BOS = 1
-
+from train_gpt import BatchPlan, RunError, open_split, prefetch, read_shard
 
 # Shards
 
@@ -124,8 +119,125 @@ def test_an_empty_data_folder_is_refused_with_pattern_and_remedy(
 ) -> None:
     message = support.refusal(open_split, str(tmp_path), split)
     assert f"DATA_PATH={tmp_path}" in message
-    assert f"fineweb_{split}_*.bin" in message
+    assert f"found no fineweb_{split}_NNNNNN.bin; " in message
     assert "DATA_PATH=sample" in message
+
+
+LOOK_ALIKES = [
+    "fineweb_{}_0000000.bin",
+    "fineweb_{}_00000.bin",
+    "fineweb_{}_bytes_000000.bin",
+    "fineweb_{}_000000 (1).bin",
+    "fineweb_{}_000000(1).bin",
+    "fineweb_{}_000000-copy.bin",
+    "fineweb_{}_000000.bin.bin",
+    "fineweb_{}_000000.bin.part",
+    "fineweb_{}_000000.BIN",
+    "fineweb_{}_000000.bin~",
+    "fineweb_{}_00000a.bin",
+    "fineweb_{}_-00001.bin",
+    "fineweb_{}_ 00000.bin",
+    "fineweb_{}_\u0660\u0660\u0660\u0660\u0660\u0660.bin",
+    "fineweb_{}_000000\n.bin",
+    "fineweb_{}_.bin",
+    "fineweb_{}.bin",
+    "FINEWEB_{}_000000.BIN",
+    "FineWeb_{}_000000.bin",
+    "._fineweb_{}_000000.bin",
+    "xfineweb_{}_000000.bin",
+    "my_fineweb_{}_000000.bin",
+    "{}_000000.bin",
+]
+
+
+@pytest.mark.parametrize("pattern", LOOK_ALIKES)
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_what_only_looks_like_a_shard_is_named_and_not_read(
+    split: str, pattern: str, tmp_path: Path
+) -> None:
+    """Tokens beside it are read alone; it may hold anything, here what no shard holds."""
+    name = pattern.format(split)
+    (tmp_path / name).write_bytes(b"bytes of each token")
+    message = support.refusal(lambda: open_split(str(tmp_path), split)).replace("\\n", "\n")
+    assert f"found no fineweb_{split}_NNNNNN.bin, only {name!r}".replace("\\n", "\n") in message
+    assert "which are no shards" in message
+    support.write_shard(tmp_path / f"fineweb_{split}_000000.bin", [5, 6])
+    assert [shard.tolist() for shard in open_split(str(tmp_path), split)] == [[5, 6]]
+    assert train_gpt.no_shards(str(tmp_path)) == [name]
+
+
+def test_upper_case_letters_of_a_split_are_no_split(tmp_path: Path) -> None:
+    for name in ("fineweb_VAL_000000.bin", "fineweb_Val_000000.bin"):
+        support.write_shard(tmp_path / name, [5, 6])
+    assert "fineweb_VAL_000000.bin" in support.refusal(open_split, str(tmp_path), "val")
+    assert len(train_gpt.no_shards(str(tmp_path))) == 2
+
+
+def test_other_files_beside_shards_are_not_named(tmp_path: Path) -> None:
+    for name in ("manifest.json", "README.md", "docs.jsonl", "cabin.txt", "fineweb.model"):
+        (tmp_path / name).write_text("x")
+    support.write_shard(tmp_path / "fineweb_val_000000.bin", [5, 6])
+    support.write_shard(tmp_path / "fineweb_train_999999.bin", [5, 6])
+    assert train_gpt.no_shards(str(tmp_path)) == []
+    assert train_gpt.no_shards(str(tmp_path / "absent")) == []
+
+
+def test_the_log_names_look_alikes_and_the_score_is_without_them(tmp_path: Path) -> None:
+    data = small_run.data_in(tmp_path)
+    scores = [small_run.run_here(data, tmp_path / "clean").scores["packed"]]
+    names = ["fineweb_train_000000 (1).bin", "fineweb_val_000000 (1).bin",
+             "fineweb_val_0000001.bin", "fineweb_val_bytes_000000.bin"]  # fmt: skip
+    for name in names:
+        split = "train" if "train" in name else "val"
+        shutil.copy(tmp_path / f"shards/fineweb_{split}_000000.bin", tmp_path / "shards" / name)
+    scores.append(small_run.run_here(data, tmp_path / "more").scores["packed"])
+    assert scores[0].tokens == scores[1].tokens == 999
+    assert scores[0].nats == scores[1].nats
+    log = (tmp_path / "more/train.log").read_text().splitlines()
+    notes = [line for line in log if line.endswith("its name is not that of a shard")]
+    start = f"note: {tmp_path}/shards/"
+    assert [line.removeprefix(start).split(" is not read:")[0] for line in notes] == names
+    assert "not that of a shard" not in "".join(clean_notes(tmp_path / "clean/train.log"))
+
+
+def clean_notes(log: Path) -> list[str]:
+    return [line for line in log.read_text().splitlines() if line.startswith("note:")]
+
+
+@pytest.mark.parametrize("change", ["first", "last", "swapped", "split otherwise", "shorter"])
+@pytest.mark.parametrize("size", [7, (1 << 20) + 5])
+def test_another_text_of_the_same_size_has_another_digest(size: int, change: str) -> None:
+    tokens = np.random.default_rng(0).integers(0, 1000, 2 * size).astype(np.uint16)
+    shards = [tokens[:size], tokens[size:]]
+    changed = [shard.copy() for shard in shards]
+    if change == "first":
+        changed[0][0] ^= 1
+    elif change == "last":
+        changed[1][-1] ^= 1
+    elif change == "swapped":
+        changed.reverse()
+    elif change == "split otherwise":
+        changed = [tokens[: size - 1], tokens[size - 1 :]]
+    else:
+        changed[1] = changed[1][:-1]
+    assert train_gpt.digest_of(changed) != train_gpt.digest_of(shards)
+    assert train_gpt.digest_of([shard.copy() for shard in shards]) == train_gpt.digest_of(shards)
+
+
+def test_any_token_of_a_split_changes_its_digest() -> None:
+    tokens = np.zeros(3 << 20, dtype=np.uint16)
+    whole = train_gpt.digest_of([tokens])
+    for place in np.random.default_rng(0).integers(0, len(tokens), 12):
+        changed = tokens.copy()
+        changed[place] = 1
+        assert train_gpt.digest_of([changed]) != whole, place
+
+
+def test_a_shard_on_disk_has_the_digest_of_its_tokens(tmp_path: Path) -> None:
+    path = support.write_shard(tmp_path / "a.bin", range(3000))
+    assert train_gpt.digest_of([read_shard(path)]) == train_gpt.digest_of(
+        [np.arange(3000, dtype=np.uint16)]
+    )
 
 
 def test_a_token_id_outside_the_vocabulary_is_refused() -> None:
@@ -265,8 +377,8 @@ def test_prefetch_yields_what_the_plan_reads() -> None:
         loader = prefetch(plan_of(), rows, 65_536, torch.device("cpu"))
         for step in range(40):
             batch = next(loader)
-            assert batch.dtype == torch.int64
-            assert np.array_equal(batch.numpy(), plan_of().tokens(step, rows))
+            assert batch.tokens.dtype == torch.int64 and not batch.fault
+            assert np.array_equal(batch.tokens.numpy(), plan_of().tokens(step, rows))
         loader.close()
 
 
@@ -315,162 +427,16 @@ def test_prefetch_raises_the_error_of_its_thread() -> None:
         next(loader)
 
 
-def test_prefetch_refuses_a_token_outside_the_vocabulary() -> None:
+def test_prefetch_tells_of_a_token_outside_the_vocabulary() -> None:
+    """Its batch is zeros: training goes on until all ranks know of it."""
     loader = prefetch(plan_of((400,)), range(6), 300, torch.device("cpu"))
-    with pytest.raises(RunError, match="VOCAB_SIZE=300"):
-        for _ in range(60):
-            next(loader)
-
-
-# Byte tables
-
-WORDS = ["river", "stone", "lantern", "quiet", "harbour", "violet", "engine", "winter", "theatre"]
-DOCUMENTS = [
-    f"The {WORDS[i % 9]} of {WORDS[i * 5 % 9]} {i}.\n\n  two  spaces\tand a tab, "
-    + " ".join(WORDS[i % 5 :])
-    for i in range(40)
-]
-STRANGE = [
-    "caf\u00e9 \u6f22\u5b57 \U0001f600 and the river",  # pieces the vocabulary must spell in bytes
-    "\u03b1\u03b2\u03b3  \u2028 quiet\u00a0harbour",
-    "a", "\u00e9", "stone   ", "\nwinter\n",
-]  # fmt: skip
-
-
-@functools.cache
-def trained_tokenizer() -> bytes:
-    import prepare_data
-
-    return prepare_data.train_tokenizer(DOCUMENTS, 320, 100_000)
-
-
-@pytest.fixture
-def tokenizer(tmp_path: Path) -> Path:
-    path = tmp_path / "tiny.model"
-    path.write_bytes(trained_tokenizer())
-    return path
-
-
-def encoded(path: Path, documents: list[str]) -> tuple[Any, np.ndarray]:
-    sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    ids = [i for text in documents for i in [BOS, *sp.encode(text)]]
-    return sp, np.array(ids, dtype=np.uint16)
-
-
-def bytes_by_the_rule(sp: Any, tokens: np.ndarray) -> int:
-    """The challenge's rule, one token at a time."""
-    total = 0
-    for previous, target in itertools.pairwise(int(t) for t in tokens):
-        if sp.is_control(target) or sp.is_unknown(target) or sp.is_unused(target):
+    batches = [next(loader) for _ in range(60)]
+    loader.close()
+    read = [plan_of((400,)).tokens(step, range(6)) for step in range(60)]
+    assert {bool(tokens.max() >= 300) for tokens in read} == {True, False}
+    for step, (batch, tokens) in enumerate(zip(batches, read, strict=True)):
+        if tokens.max() < 300:
+            assert batch.fault == "" and np.array_equal(batch.tokens.numpy(), tokens)
             continue
-        if sp.is_byte(target):
-            total += 1
-            continue
-        piece = sp.id_to_piece(target)
-        if piece.startswith("\u2581"):
-            piece = piece[1:]
-            boundary = sp.is_control(previous) or sp.is_unknown(previous) or sp.is_unused(previous)
-            total += not boundary
-        total += len(piece.encode())
-    return total
-
-
-def test_the_bytes_of_a_split_are_those_of_its_documents(tokenizer: Path) -> None:
-    """In UTF-8."""
-    documents = DOCUMENTS + STRANGE
-    sp, tokens = encoded(tokenizer, documents)
-    table = load_byte_table(str(tokenizer), 320)
-    expected = sum(len(text.encode()) for text in documents)
-    assert table.count(tokens) == bytes_by_the_rule(sp, tokens) == expected
-
-
-def test_the_bytes_follow_the_rule_for_any_sequence_of_tokens(tokenizer: Path) -> None:
-    sp, _ = encoded(tokenizer, [])
-    table = load_byte_table(str(tokenizer), 320)
-    rng = np.random.default_rng(0)
-    for size in (2, 3, 50, 3000):
-        tokens = rng.integers(320, size=size).astype(np.uint16)
-        assert table.count(tokens) == bytes_by_the_rule(sp, tokens)
-
-
-def test_text_that_the_vocabulary_lacks_is_spelled_in_bytes(tokenizer: Path) -> None:
-    sp, tokens = encoded(tokenizer, ["\U0001f600\u6f22"])
-    table = load_byte_table(str(tokenizer), 320)
-    fallback = [int(t) for t in tokens[1:] if sp.is_byte(int(t))]
-    assert len(fallback) == 4 + 3, "the test must exercise byte fallback"
-    assert all(table.base[t] == 1 and not table.leading_space[t] for t in fallback)
-    assert table.count(tokens) == 7
-
-
-def test_a_leading_space_counts_unless_after_a_boundary(tokenizer: Path) -> None:
-    sp, _ = encoded(tokenizer, [])
-    table = load_byte_table(str(tokenizer), 320)
-    pieces = [sp.id_to_piece(i) for i in range(320)]
-    spaced, plain, byte = map(pieces.index, ("\u2581s", "e", "<0x41>"))
-    assert [sp.is_control(i) or sp.is_unknown(i) for i in range(5)] == [True] * 4 + [False]
-    for previous in (plain, spaced, byte):
-        assert table.count(np.array([previous, spaced])) == 2, previous
-    for boundary in range(4):
-        assert table.count(np.array([boundary, spaced])) == 1, boundary
-    assert table.count(np.array([spaced, BOS])) == 0
-
-
-def test_counting_in_pieces_gives_the_sum_of_a_whole(tokenizer: Path) -> None:
-    _, tokens = encoded(tokenizer, DOCUMENTS + STRANGE)
-    table = load_byte_table(str(tokenizer), 320)
-    whole = table.count(tokens)
-    for cut in (1, 2, 57, len(tokens) - 1):
-        assert table.count(tokens[: cut + 1]) + table.count(tokens[cut:]) == whole
-    # long enough to pass any internal bound on temporaries, and not a multiple of it
-    long = np.tile(tokens, (1 << 22) // len(tokens) + 2)
-    pairs = np.bincount(
-        long[:-1].astype(np.int64) * 320 + long[1:], minlength=320 * 320
-    ).reshape(320, 320)  # fmt: skip
-    spaces = table.leading_space[None, :] & ~table.boundary[:, None]
-    assert table.count(long) == int((pairs * (table.base[None, :] + spaces)).sum())
-
-
-def test_a_split_of_one_token_has_no_bytes(tokenizer: Path) -> None:
-    assert load_byte_table(str(tokenizer), 320).count(np.array([5], dtype=np.uint16)) == 0
-
-
-def test_the_bytes_of_the_sample_are_those_it_decodes_to() -> None:
-    h = with_sample(train_gpt.Hyperparameters(data_path="sample"))  # built if missing
-    (tokens,) = open_split(h.data_path, "val")
-    sp = sentencepiece.SentencePieceProcessor(model_file=h.tokenizer_path)
-    starts = np.flatnonzero(tokens == BOS)
-    documents = [part[1:].tolist() for part in np.split(tokens, starts[1:])]
-    expected = sum(len(text.encode()) for text in sp.decode(documents))
-    table = load_byte_table(h.tokenizer_path, 1024)
-    assert table.count(tokens) == expected
-    head = tokens[:20_000]
-    assert table.count(head) == bytes_by_the_rule(sp, head)
-
-
-def tokenizer_refusal(path: object, vocab_size: int = 320) -> str:
-    message = support.refusal(load_byte_table, str(path), vocab_size)
-    assert message.startswith(f"TOKENIZER_PATH={path}: ")
-    return message
-
-
-def test_a_missing_tokenizer_is_refused_with_the_remedy(tmp_path: Path) -> None:
-    for path in (tmp_path / "absent.model", tmp_path, ""):
-        assert "prepare_data.py" in tokenizer_refusal(path)
-
-
-@pytest.mark.parametrize("content", [b"", b"not a model", b"\0" * 1000])
-def test_a_foreign_file_in_place_of_a_tokenizer_is_refused(tmp_path: Path, content: bytes) -> None:
-    path = tmp_path / "foreign.model"
-    path.write_bytes(content)
-    assert "not a SentencePiece model" in tokenizer_refusal(path)
-
-
-def test_a_damaged_tokenizer_is_refused(tokenizer: Path) -> None:
-    whole = tokenizer.read_bytes()
-    tokenizer.write_bytes(whole[: len(whole) // 2])
-    tokenizer_refusal(tokenizer)
-
-
-def test_a_tokenizer_of_another_size_is_refused_with_both(tokenizer: Path) -> None:
-    message = tokenizer_refusal(tokenizer, 1024)
-    assert "VOCAB_SIZE=1024" in message and "found 320" in message
+        assert batch.fault.startswith(f"training batch {step}: token id {tokens.max()} found, ")
+        assert "VOCAB_SIZE=300" in batch.fault and not batch.tokens.any()

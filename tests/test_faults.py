@@ -12,11 +12,38 @@
 | full disk at export | test_run.py `..._full_disk_...` |
 | truncated, tampered, foreign artifact | test_pack.py, and whole runs here |
 | artifact of another shape | test_run.py `..._another_architecture...` |
-| out of memory in evaluation | test_eval.py `..._runs_out_of_memory...` |
+| out of memory in evaluation | test_eval.py `test_out_of_memory_...` |
 | no GPU | here |
 | too old torch | here |
 | read-only folder | here, and test_run.py "unwritable output" |
 | no record.py beside the program | here |
+
+What the field feeds it, by the numbers of issue 18; the first seven were wrong and silent.
+
+| number, fault | test |
+|---|---|
+| 1 bytes of any tokenizer | test_bytes.py `..._bytes_are_those_of_...`, `..._official_...` |
+| 1 a tokenizer trained without a space | test_prepare_data.py `..._pieces_for_space_and_bytes` |
+| 2 shards that are no shards | test_data.py `..._looks_like_a_shard_...`, `..._look_alikes_...` |
+| 3 RESUME_FROM: settings of the weights | test_resume.py `..._bare_resume_...`, test_run.py |
+| 3 RESUME_FROM: conflicts | test_resume.py `..._refused_by_name`, `..._conflict_...` |
+| 3 RESUME_FROM: code, data, seeds | test_resume.py `..._record_states_...`, `..._resumes_...` |
+| 4 seeds on other data | test_other_data.py `test_seeds_of_...`, test_seeds.py, test_data.py |
+| 5 another tokenizer, with a manifest | test_other_data.py `..._manifest_does_not_name_...` |
+| 5 another tokenizer, without one | test_other_data.py `..._foreign_tokenizer_...` |
+| 6 two runs in one folder | test_lock.py |
+| 7 odd results, numbers that are no JSON | test_odd_results.py |
+| 8 token ids beyond the vocabulary | test_bad_tokens.py, test_data.py `test_prefetch_tells_...` |
+| 9 output, disk or terminal that goes away | test_lost_terminal.py |
+| 9 a rank that waits and is ended | test_resume.py `test_two_ranks_refuse_...` |
+| 10 text in other encodings and forms, twins | test_text_input.py |
+| 11 odd launches, seeds, splits, dumps, names | test_launch.py |
+| 12 GPUs that fused layers do not run on | test_kernel_choice.py |
+| 13 Windows | test_launch.py `test_on_windows_...`, test_prepare_data.py |
+| 14 versions of torch | test_launch.py `..._same_torch`, `test_ci_installs_...`; here |
+| 15 an artifact of exactly the budget | test_pack.py `..._exactly_the_budget_...` |
+| 15 no lr warm-up | test_training.py `test_lr_rises_...` |
+| 15 a slow machine | test_run.py `test_a_capped_run_...`, by a clock that counts looks |
 """
 
 import json
@@ -41,6 +68,8 @@ from support import (
     tiny,
     train_gpt,
 )
+
+from train_gpt import load_checkpoint, settings_of_process
 
 # Root may read and write everything, so refusals come from the interpreter: a hook that sees every
 # file being opened.
@@ -128,7 +157,7 @@ def test_an_old_torch_is_refused_first_and_by_its_version(version: str, tmp_path
     )
     (package / "version.py").write_text(f"__version__ = {version!r}\n")
     done = completed(REPO / "train_gpt.py", PYTHONPATH=tmp_path)
-    check_refusal(done, f"torch is {version}", "2.11 to 2.13", "requirements.txt")
+    check_refusal(done, f"torch is {version}", "2.11 to 2.14", "requirements.txt")
 
 
 # Artifacts
@@ -150,7 +179,7 @@ def test_the_program_alone_trains_packs_and_scores(artifact_file: Path) -> None:
     folder = artifact_file.parent
     assert {path.name for path in folder.iterdir()} == {
         "train_gpt.py", "train.log", "train_seed1337.log", "final_model.pt", "final_model.ptz",
-        "result_seed1337.json",
+        "result_seed1337.json", "run.lock",
     }  # fmt: skip
     result = json.loads((folder / "result_seed1337.json").read_text())
     assert result["bytes_model"] == artifact_file.stat().st_size
@@ -189,8 +218,8 @@ def diverged(entry: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dic
         (out / name).write_text(EARLIER)
     step, count = train_gpt.Trainer.train_step, iter(range(1, 100))
 
-    def diverging(*arguments: Any) -> torch.Tensor:
-        return step(*arguments) + (math.nan if next(count) == 5 else 0.0)
+    def diverging(*arguments: Any, **options: Any) -> torch.Tensor:
+        return step(*arguments, **options) + (math.nan if next(count) == 5 else 0.0)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_gpt.Trainer, "warm_up", lambda self, evaluator: None)
@@ -214,8 +243,9 @@ def test_what_a_diverged_run_saved_can_be_packed_and_scored(
 ) -> None:
     settings, _ = diverged
     saved = f"{settings['output_dir']}/final_model.partial.pt"
-    resumed = settings | {"resume_from": saved, "output_dir": str(tmp_path)}
-    train_gpt.run(tiny(**resumed), cpu_runtime())
+    env = {"RESUME_FROM": saved, "OUTPUT_DIR": str(tmp_path), "DEVICE": "cpu"}
+    h, checkpoint = load_checkpoint(settings_of_process(env), cpu_runtime(), env)
+    train_gpt.run(h, cpu_runtime(), checkpoint)
     report = json.loads((tmp_path / "submission.json").read_text())
     assert report["recipe"]["whole_run"] is False
     assert math.isfinite(report["val_bpb"]) and (tmp_path / "final_model.ptz").stat().st_size > 0

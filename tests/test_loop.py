@@ -170,7 +170,9 @@ def test_the_fault_names_the_first_bad_step_and_losses_before_it(
     for step, loss in enumerate([7.0, 6.0, 5.0, 4.0, 3.0, 2.0, bad, 1.0, bad], start=1):
         pending.push(step, loss)
     before = "6.0000, 5.0000, 4.0000, 3.0000, 2.0000"
-    assert pending.losses.fault == f"step 7: the loss is {bad} (before: {before})"
+    assert pending.losses.fault == (
+        f"step 7: the loss is {bad} (before: {before}); lower MATRIX_LR, EMBED_LR or SCALAR_LR"
+    )
 
 
 def test_a_loss_that_is_not_finite_is_not_reported(pending: Reported) -> None:
@@ -292,8 +294,8 @@ def test_a_step_decays_by_its_share_of_the_run() -> None:
 def test_the_facts_of_a_training_are_told_without_an_empty_fault() -> None:
     facts = train_gpt.TrainingFacts(
         step_stop=12, wallclock_seconds=1.5, seed=7, qat_steps=2, step_avg_ms=125.0, swa_steps=3,
-        train_shards=1, train_tokens=1000, final_train_loss=2.5, interrupted=False,
-        graphs_compiled_on_clock=0, fault="",
+        train_shards=1, train_tokens=1000, train_digest="7a1e", code_sha256="c0de",
+        final_train_loss=2.5, interrupted=False, graphs_compiled_on_clock=0, fault="",
     )  # fmt: skip
     assert str(facts).startswith("step_stop:12 wallclock_seconds:1.5 seed:7 ")
     assert str(facts).endswith(" interrupted:False graphs_compiled_on_clock:0")
@@ -340,7 +342,7 @@ def test_a_finished_training_gives_all_its_files_their_names(tmp_path: Path) -> 
     for path in (files.log, files.weights, files.artifact):
         path.write_text(f"new {path.suffix}")
     assert all((tmp_path / name).read_text() == EARLIER for name in finals), "not yet"
-    files.finish()
+    files.finish(train_gpt.RunLog(None))
     assert names(tmp_path) == set(finals)
     for name in finals:
         assert (tmp_path / name).read_text() == f"new {Path(name).suffix}", name
@@ -353,7 +355,7 @@ def test_a_finished_resumption_leaves_weights_and_training_log(tmp_path: Path) -
         path.write_text(EARLIER)
     for path in (files.log, files.artifact):
         path.write_text("new")
-    files.finish()
+    files.finish(train_gpt.RunLog(None))
     expected = {"resume.log", "train.log", "final_model.partial.pt", "final_model.ptz"}
     assert names(tmp_path) == expected
     assert files.weights.read_text() == (tmp_path / "train.log").read_text() == EARLIER
@@ -366,7 +368,7 @@ def test_a_finished_scoring_renames_its_log_alone(tmp_path: Path) -> None:
     for path in (artifact, tmp_path / "train.log"):
         path.write_text(EARLIER)
     files.log.write_text("new")
-    files.finish()
+    files.finish(train_gpt.RunLog(None))
     assert names(tmp_path) == {"eval.log", "train.log", "final_model.partial.ptz"}
     assert artifact.read_text() == (tmp_path / "train.log").read_text() == EARLIER
 
@@ -376,5 +378,5 @@ def test_a_folder_named_partial_keeps_its_name(tmp_path: Path) -> None:
     folder.mkdir()
     files = files_of(folder, eval_only="given.ptz")
     files.log.write_text("new")
-    files.finish()
+    files.finish(train_gpt.RunLog(None))
     assert names(folder) == {"eval.log"} and names(tmp_path) == {folder.name}

@@ -1,6 +1,9 @@
 """Claims about prepare_data.py, checked on the real sample (built once) and on small texts."""
 
 import gzip
+import hashlib
+import io
+import itertools
 import json
 import lzma
 import os
@@ -10,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -44,6 +48,19 @@ def read_texts(dataset: Path, split: str, tokenizer: Path) -> list[str]:
 
 def files_in(root: Path) -> dict[str, bytes]:
     return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+
+def blake2b(text: bytes, size: int) -> str:
+    return hashlib.blake2b(text, digest_size=size).hexdigest()
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def read_manifest(dataset: Path) -> dict[str, Any]:
+    manifest: dict[str, Any] = json.loads((dataset / "manifest.json").read_text())
+    return manifest
 
 
 def text_command(root: Path, *arguments: object, vocab: int = 400) -> tuple[Path, Path]:
@@ -141,6 +158,28 @@ def test_no_val_document_is_in_train(sample: SimpleNamespace) -> None:
     assert not [text for text in sample.val if text in train]
 
 
+def test_the_sample_keeps_the_split_of_recipe_1(sample: SimpleNamespace) -> None:
+    """Documents in the order of their digests, each into validation while it fits."""
+    documents = sorted(sample.train + sample.val, key=lambda t: blake2b(t.encode(), 16))
+    room = int(np.clip(sum(len(t.encode()) for t in documents) // 20, 300_000, 500_000))
+    sides: dict[bool, list[str]] = {True: [], False: []}
+    for text in documents:
+        fits = len(text.encode()) <= room
+        sides[fits].append(text)
+        room -= len(text.encode()) * fits
+    assert sides == {True: sample.val, False: sample.train}
+
+
+def test_the_sample_has_near_twins_that_its_rule_ignores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rule for a user's text must not reach the sample, whose bytes are the smoke run's."""
+    words = " ".join(f"word{i}" for i in range(300))
+    texts = [f"{words} number {i}" for i in range(400)]
+    monkeypatch.setattr(prepare_data, "module_texts", lambda: iter([text] for text in texts))
+    monkeypatch.setattr(prepare_data, "train_tokenizer", lambda *a, **options: b"")
+    train, val = prepare_data.sample_parts(1024)[:2]
+    assert sorted(train + val) == sorted(texts) and len(val) > 50
+
+
 def test_second_sample_call_changes_nothing(sample: SimpleNamespace) -> None:
     before = {p: p.stat().st_mtime_ns for p in sample.root.rglob("*")}
     with pytest.MonkeyPatch.context() as patch:
@@ -223,6 +262,95 @@ def test_shards_are_cut_at_the_limit_without_losing_tokens(
     assert np.array_equal(np.concatenate(shards), expected)
 
 
+def check_manifest(dataset: Path, tokenizer: Path) -> dict[str, Any]:
+    """Every fact of the manifest, measured again from the files alone."""
+    manifest = read_manifest(dataset)
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
+    assert manifest["version"] == 2
+    assert manifest["tokenizer"] == {
+        "file": tokenizer.name, "sha256": sha256(tokenizer), "vocab_size": processor.vocab_size()
+    }  # fmt: skip
+    assert set(manifest["splits"]) == {"train", "val"}
+    for split, entry in manifest["splits"].items():
+        paths = sorted(dataset.glob(f"fineweb_{split}_*.bin"))
+        assert entry["shards"] == [
+            {"file": path.name, "tokens": read_shard(path).size, "sha256": sha256(path)}
+            for path in paths
+        ]
+        texts = read_texts(dataset, split, tokenizer)
+        assert entry["tokens"] == sum(read_shard(path).size for path in paths)
+        assert entry["documents"] == len(texts)
+    return manifest
+
+
+def test_the_manifest_states_every_file_and_split(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepare_data, "SHARD_TOKENS", 500)
+    dataset, tokenizer = text_command(tmp_path, source, "--val-fraction", 0.3)
+    manifest = check_manifest(dataset, tokenizer)
+    assert len(manifest["splits"]["val"]["shards"]) > 1
+    for split, entry in manifest["splits"].items():
+        texts = read_texts(dataset, split, tokenizer)
+        assert entry["bytes"] == sum(len(text.encode()) for text in texts)
+    assert manifest["twins"] == {"copies": 0, "documents": 0, "groups": 0}
+
+
+def test_the_manifest_of_the_sample_states_the_same(sample: SimpleNamespace) -> None:
+    check_manifest(sample.dataset, sample.tokenizer)
+
+
+def test_a_sample_of_an_older_version_gets_a_new_manifest(
+    sample: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(sample.root, tmp_path, dirs_exist_ok=True)
+    dataset, tokenizer = tmp_path / "datasets/sample_sp1024", tmp_path / "tokenizers"
+    tokenizer /= sample.tokenizer.name
+    new = read_manifest(dataset)
+    splits = {
+        split: {**entry, "shards": [shard["file"] for shard in entry["shards"]]}
+        for split, entry in new["splits"].items()
+    }
+    digest = blake2b(tokenizer.read_bytes(), 16)
+    old = {"source": new["source"], "tokenizer": digest, "splits": splits}
+    (dataset / "manifest.json").write_text(json.dumps(old))
+    before = files_in(sample.root)
+    monkeypatch.setattr(prepare_data, "sample_parts", lambda vocab: pytest.fail("built again"))
+    prepare_data.build_sample(tmp_path)
+    assert files_in(tmp_path) == before
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", "7", '{"source": 1}', "\0", '{"splits": 1}'])
+def test_a_manifest_of_another_form_is_refused_in_one_line(
+    tmp_path: Path, source: Path, content: str
+) -> None:
+    dataset, _ = text_command(tmp_path, source)
+    (dataset / "manifest.json").write_text(content)
+    assert "delete it" in failure("text", source, "--root", tmp_path, "--vocab", 400)
+
+
+@pytest.mark.parametrize("part", ["version", "tokenizer", "splits", "twins"])
+def test_a_manifest_that_lacks_a_part_is_built_again(
+    tmp_path: Path, source: Path, part: str
+) -> None:
+    dataset, tokenizer = text_command(tmp_path, source)
+    manifest = read_manifest(dataset)
+    for value in (None, {}, [], "x"):
+        broken = {**manifest, part: value}
+        (dataset / "manifest.json").write_text(json.dumps(broken))
+        text_command(tmp_path, source)
+        assert read_manifest(dataset) == manifest
+
+
+def test_a_changed_byte_in_a_shard_is_built_again(tmp_path: Path, source: Path) -> None:
+    dataset, _ = text_command(tmp_path, source)
+    shard = dataset / "fineweb_val_000000.bin"
+    good = shard.read_bytes()
+    shard.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    text_command(tmp_path, source)
+    assert shard.read_bytes() == good
+
+
 def test_changed_input_is_refused_and_the_old_data_kept(tmp_path: Path, source: Path) -> None:
     dataset, _ = text_command(tmp_path, source)
     before = files_in(dataset)
@@ -241,8 +369,10 @@ def test_a_truncated_shard_is_built_again(tmp_path: Path, source: Path) -> None:
     assert shard.read_bytes() == good
 
 
-@pytest.mark.parametrize("stage", ["second write_split", "first replace", "second replace"])
-def test_a_killed_build_leaves_nothing_complete_and_can_be_repeated(
+@pytest.mark.parametrize(
+    "stage", ["second write_split", "first replace", "second replace", "third replace"]
+)
+def test_a_killed_build_leaves_nothing_and_can_be_repeated(
     tmp_path: Path, source: Path, stage: str
 ) -> None:
     """The process dies without cleanup (os._exit) at `stage`; a later run must recover."""
@@ -252,7 +382,7 @@ def test_a_killed_build_leaves_nothing_complete_and_can_be_repeated(
         "def die_at(name, then):\n"
         "    def call(*a):\n"
         "        calls.append(name)\n"
-        "        order = ('first ', 'second ')[calls.count(name) - 1]\n"
+        "        order = ('first ', 'second ', 'third ')[calls.count(name) - 1]\n"
         "        return os._exit(9) if order + name == stage else then(*a)\n"
         "    return call\n"
         "os.replace, p.write_split = die_at('replace', replace), die_at('write_split', write)\n"
@@ -282,10 +412,11 @@ def test_summary_states_sizes_and_the_export_line(
     tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     dataset, tokenizer = text_command(tmp_path, source)
-    train, val, export = capsys.readouterr().out.splitlines()
+    train, val, twins, export = capsys.readouterr().out.splitlines()
     tokens = read_shard(dataset / "fineweb_val_000000.bin").size
     assert val.startswith("val ") and f" {tokens:,} tokens in 1 shard(s)" in val
     assert train.startswith("train ") and "bytes/token" in train
+    assert twins == "twins  0 copies dropped; 0 documents in 0 groups of near-identical ones"
     assert export == f"export DATA_PATH={dataset} TOKENIZER_PATH={tokenizer}"
 
 
@@ -302,7 +433,7 @@ def test_non_utf8_error_names_file_and_byte_offset(tmp_path: Path) -> None:
         (None, [], "No such file"),
         (b"", [], "found 0"),
         (b"one document", [], "found 1"),
-        (b"too\0little", [], "allows at most"),
+        (b"too\0little", ["--val-fraction", 0.5], "allows at most"),
         ("\0".join(DOCUMENTS).encode(), ["--vocab", 200], "allows at least"),
         (b"a\0b", ["--vocab", 65536], "expected 1 to 65535"),
         (b"a\0b", ["--val-fraction", 1.5], "found 1.5"),
@@ -333,6 +464,166 @@ def test_missing_huggingface_hub_names_the_pip_command(
 ) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     assert "pip install huggingface_hub" in failure("fineweb", "--root", tmp_path)
+
+
+def spm(texts: list[str], path: Path, **options: Any) -> Path:
+    """A SentencePiece model of 400 pieces with the challenge's ids; the rest is default."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_writer=model, model_type="bpe", vocab_size=400,
+        byte_fallback=True, pad_id=0, bos_id=1, eos_id=2, unk_id=3, minloglevel=2, **options,
+    )  # fmt: skip
+    path.write_bytes(model.getvalue())
+    return path
+
+
+def plain_words(count: int) -> list[str]:
+    """Documents that every normaliser leaves as they are."""
+    return [
+        " ".join(WORDS[(i * k + k * k) % 9] for k in range(1, 30)) + f" {i}" for i in range(count)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "odd"),
+    [
+        ({}, "two  spaces"),  # the default normaliser keeps one
+        ({"normalization_rule_name": "nmt_nfkc"}, "wide \uff21\uff22"),
+        ({"normalization_rule_name": "nmt_nfkc_cf"}, "An Upper case letter"),  # of as many bytes
+        ({"normalization_rule_name": "nmt_nfkc"}, "\uff71 and \u30a2"),  # of as many bytes
+    ],
+)
+def test_a_tokenizer_that_changes_the_text_is_refused(
+    tmp_path: Path, options: dict[str, Any], odd: str
+) -> None:
+    documents = plain_words(200)
+    model = spm(documents, tmp_path / "given.model", **options)
+    arguments = ["--tokenizer", model, "--similarity", 1, "--val-fraction", 0.5, "--root"]
+    good = tmp_path / "good.txt"
+    good.write_text("\0".join(documents), encoding="utf-8")
+    prepare_data.main(["text", *map(str, [good, *arguments, tmp_path / "good"])])
+    (tmp_path / "bad.txt").write_text("\0".join([odd + f" {i}" for i in range(100)]), "utf-8")
+    root = tmp_path / "data"
+    message = failure("text", tmp_path / "bad.txt", *arguments, root)
+    assert odd in message
+    assert str(model) in message
+    assert not list(root.glob("*/*")), "a failed command left output"
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_byte_count_unlike_the_text_names_its_document(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, split: str
+) -> None:
+    """The command trusts the count of train_gpt.py alone, whatever the tokenizer."""
+    import train_gpt
+
+    dataset, tokenizer = text_command(tmp_path / "good", source)
+    documents = read_texts(dataset, split, tokenizer)
+    victim = documents[len(documents) // 2]
+    load = train_gpt.load_byte_table
+    ids = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer)).encode(victim)
+
+    def wrong(path: str, vocab_size: int) -> Any:
+        table = load(path, vocab_size)
+
+        def count(tokens: np.ndarray) -> int:
+            starts = np.flatnonzero(tokens == 1)[1:]
+            parts = np.split(tokens, starts)
+            return sum(table.count(p) + (p[1:].tolist() == ids) for p in parts)
+
+        return SimpleNamespace(count=count)
+
+    monkeypatch.setattr(train_gpt, "load_byte_table", wrong)
+    root = tmp_path / "data"
+    message = failure("text", source, "--root", root, "--vocab", 400)
+    size = len(victim.encode())
+    assert f"{size} bytes" in message and f"counts {size + 1}" in message
+    assert victim[:12] in message and split in message
+    assert not list(root.glob("*/*")), "a failed command left output"
+
+
+def test_a_tokenizer_that_cannot_be_counted_is_refused(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import train_gpt
+
+    def refuse(path: str, vocab_size: int) -> None:
+        raise train_gpt.RunError("TOKENIZER_PATH=x: cannot be counted")
+
+    monkeypatch.setattr(train_gpt, "load_byte_table", refuse)
+    message = failure("text", source, "--root", tmp_path / "data", "--vocab", 400)
+    assert "cannot be counted" in message
+    assert not list((tmp_path / "data").glob("*/*")), "a failed command left output"
+
+
+@pytest.mark.parametrize("spaces", [0, 1, 3])
+def test_a_trained_tokenizer_has_pieces_for_space_and_bytes(spaces: int) -> None:
+    rare = "\u6e2f\u53e3\u5f88\u5b89\u9759\u3002" * 3000 + " \u706f" * spaces
+    processor = sentencepiece.SentencePieceProcessor(
+        model_proto=prepare_data.train_tokenizer([rare, rare[:99]], 270, 1_000_000)
+    )
+    space = processor.piece_to_id("\u2581")
+    assert space != processor.unk_id() and not processor.is_byte(space)
+    assert processor.encode("a  b", out_type=str) == ["<0x61>", "\u2581", "\u2581", "<0x62>"]
+    assert sum(processor.is_byte(i) for i in range(270)) == 256
+
+
+def test_text_with_rare_spaces_is_counted_exactly(tmp_path: Path) -> None:
+    line = "\u6e2f\u53e3\u5f88\u5b89\u9759\u3002"
+    texts = [line[i % 6 :] * (40 + i) + " \u706f" * (i % 30 == 0) for i in range(60)]
+    path = tmp_path / "rare.txt"
+    path.write_text("\0".join(texts), encoding="utf-8")
+    dataset, tokenizer = text_command(tmp_path, path, "--similarity", 1, vocab=280)
+    both = itertools.chain(*(read_texts(dataset, split, tokenizer) for split in ("train", "val")))
+    assert sorted(both) == sorted(texts)
+
+
+def test_windows_is_refused_in_one_line() -> None:
+    script = (
+        "import runpy, sys\n"
+        "sys.platform, sys.modules['fcntl'] = 'win32', None\n"
+        "sys.argv = ['prepare_data.py', 'sample']\n"
+        "runpy.run_path('prepare_data.py', run_name='__main__')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("prepare_data: ") and done.stderr.count("\n") == 1
+    assert "Linux or macOS" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"), [(KeyboardInterrupt, "interrupted"), (MemoryError, "memory")]
+)
+def test_an_interrupted_command_ends_in_one_line(
+    tmp_path: Path,
+    source: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: type[BaseException],
+    expected: str,
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr(prepare_data, "write_split", fail)
+    assert expected in failure("text", source, "--root", tmp_path, "--vocab", 400)
+    assert not list(tmp_path.glob("datasets/*")), "a failed command left output"
+
+
+def test_a_folder_as_file_or_a_file_as_root_is_one_line(tmp_path: Path, source: Path) -> None:
+    assert str(tmp_path) in failure("text", tmp_path, "--root", tmp_path / "data")
+    assert str(source) in failure("text", source, "--root", source / "data")
+    assert str(source) in failure("sample", "--root", source)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["sample", "--vocab", 200], ["sample", "--vocab", 0], ["sample", "--vocab", 70000]],
+)
+def test_an_impossible_vocabulary_is_one_line(
+    tmp_path: Path, arguments: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepare_data, "module_texts", lambda: iter([[d * 300] for d in DOCUMENTS]))
+    assert "vocabulary" in failure(*arguments, "--root", tmp_path)
 
 
 @pytest.fixture
@@ -383,6 +674,42 @@ def test_fineweb_downloads_val_and_only_the_shards_asked_for(hub: SimpleNamespac
     tokenizer = hub.root / "tokenizers/fineweb_400_bpe.model"
     assert read_texts(dataset, "val", tokenizer)[0] in DOCUMENTS
     assert {repo for repo, _ in hub.requests} == {"me/export"}
+
+
+def test_fineweb_writes_the_manifest_of_what_is_there(hub: SimpleNamespace) -> None:
+    prepare_data.main(fineweb_arguments(hub, "--shards", 3))
+    dataset = hub.root / "datasets/fineweb10B_sp400"
+    tokenizer = hub.root / "tokenizers/fineweb_400_bpe.model"
+    manifest = check_manifest(dataset, tokenizer)
+    assert manifest["source"] == "me/export"
+    texts = read_texts(dataset, "val", tokenizer)
+    assert manifest["splits"]["val"]["bytes"] == sum(len(text.encode()) for text in texts)
+    assert manifest["splits"]["train"]["bytes"] is None, "not counted, lest 16 GB be read for it"
+    prepare_data.main(fineweb_arguments(hub, "--shards", 1))
+    assert read_manifest(dataset) == manifest, "the other shards are still there"
+
+
+def test_fineweb_replaces_shards_unlike_the_manifest(hub: SimpleNamespace) -> None:
+    prepare_data.main(fineweb_arguments(hub, "--shards", 1))
+    shard = hub.root / "datasets/fineweb10B_sp400/fineweb_train_000000.bin"
+    good = shard.read_bytes()
+    shard.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    prepare_data.main(fineweb_arguments(hub, "--shards", 1))
+    assert shard.read_bytes() == good
+
+
+def test_fineweb_replaces_a_tokenizer_of_another_export(
+    hub: SimpleNamespace, tmp_path: Path
+) -> None:
+    """Of the same size and name, it passes for the right one everywhere else."""
+    tokenizer = hub.root / "tokenizers/fineweb_400_bpe.model"
+    tokenizer.parent.mkdir(parents=True)
+    good = (tmp_path / "remote/datasets/tokenizers" / tokenizer.name).read_bytes()
+    other = spm(plain_words(200), tmp_path / "other.model")
+    for _ in range(2):  # before the first download, and after it
+        shutil.copy(other, tokenizer)
+        prepare_data.main(fineweb_arguments(hub, "--shards", 1))
+        assert tokenizer.read_bytes() == good
 
 
 def test_fineweb_fetches_only_what_is_missing_or_damaged(hub: SimpleNamespace) -> None:

@@ -106,16 +106,16 @@ class Runs:
         after: str = "",
         script: Path = REPO / "train_gpt.py",
         strike: Strike | None = None,
+        bare: bool = False,
         **settings: object,
     ) -> None:
         """Queues a run; `after` names one, queued before, whose files it needs, and `strike` gets
-        the process number when step 4 has been logged."""
-        defaults: dict[str, object] = SMOKE_IN_SMALL | {
-            "DATA_PATH": self.data / "good",
-            "TOKENIZER_PATH": self.tokenizer,
-            "OUTPUT_DIR": self.folder / name,
-        }
-        mine = defaults | settings
+        the process number when step 4 has been logged.  A `bare` run has these settings alone."""
+        mine: dict[str, object] = {"OUTPUT_DIR": self.folder / name, "OMP_NUM_THREADS": 1}
+        if not bare:
+            mine |= SMOKE_IN_SMALL
+            mine |= {"DATA_PATH": self.data / "good", "TOKENIZER_PATH": self.tokenizer}
+        mine |= settings
 
         def wait_and_run() -> Finished:
             if after:
@@ -251,7 +251,7 @@ def start_struck(runs: Runs) -> None:
     long: dict[str, Any] = dict(ITERATIONS=100_000, VAL_LOSS_EVERY=0)
     runs.start("interrupted", strike=terminate, **long)
     saved = runs.folder / "interrupted/final_model.partial.pt"
-    runs.start("resumed", after="interrupted", RESUME_FROM=saved)
+    runs.start("resumed", after="interrupted", bare=True, RESUME_FROM=saved)
     runs.start("finished early", strike=terminate, ON_INTERRUPT="finish", **long)
     runs.start("interrupted 2", ranks=2, strike=terminate, **long)
     runs.start("widowed", ranks=2, strike=kill_rank_1, **long)
@@ -553,6 +553,19 @@ def test_an_interrupted_run_saves_what_it_trained(finished: Get) -> None:
     again = finished("resumed")
     assert again.status == 0, again.stderr
     assert again.report["interrupted"] and 4 <= again.report["step_stop"] < 100_000
+
+
+def test_a_resumed_run_states_settings_and_code_of_the_weights(finished: Get, runs: Runs) -> None:
+    """Of an interrupted run too, and where the environment names nothing but the checkpoint."""
+    recipe = finished("resumed").report["recipe"]
+    trained = torch.load(
+        finished("interrupted").folder / "final_model.partial.pt", weights_only=True
+    )
+    assert recipe["whole_run"] is False
+    assert (recipe["iterations"], recipe["model_dim"], recipe["eval_stride"]) == (100_000, 64, 16)
+    assert recipe["code"] == recipe["packing_code"] == trained["facts"]["code_sha256"]
+    assert recipe["train_digest"] == trained["facts"]["train_digest"]
+    assert recipe["train_tokens"] == len(runs.tokens["train"])
 
 
 def test_two_interrupted_ranks_save_one_state(finished: Get) -> None:

@@ -31,6 +31,8 @@ def facts_of(seed: int, **changes: Any) -> train_gpt.TrainingFacts:
         swa_steps=800,
         train_shards=80,
         train_tokens=10**10,
+        train_digest="7a1e",
+        code_sha256=train_gpt.code_digest(),
         final_train_loss=2.0,
         interrupted=False,
         graphs_compiled_on_clock=0,
@@ -54,6 +56,7 @@ def result(
     settings: dict[str, Any] | None = None,
     facts: dict[str, Any] | None = None,
     dataset: str = "fineweb10B_sp1024",
+    val_digest: str = "fa11",
     hardware: str = GPUS,
     source: Path = train_gpt.SOURCE,
     **changes: Any,
@@ -63,7 +66,7 @@ def result(
     h = dataclasses.replace(CARD, **mine)
     training = facts_of(seed, **facts or {})
     outcome = train_gpt.RunResult(scores_of(seed, loss), training, 90_000, 15_000_000 + seed)
-    evaluator = SimpleNamespace(dataset=dataset)
+    evaluator = SimpleNamespace(dataset=dataset, val_digest=val_digest)
     environment = {"hardware": hardware, "torch": "2.11.0"}
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_gpt, "SOURCE", source)
@@ -151,8 +154,12 @@ def test_a_second_run_of_a_seed_replaces_the_first(tmp_path: Path) -> None:
 
 OTHER: list[tuple[dict[str, Any], str]] = [  # what may not differ, and how the log calls it
     ({"settings": {"matrix_lr": 0.5}}, "matrix_lr"),
-    ({"source": REPO / "record.py"}, "code"),
+    ({"facts": {"code_sha256": "0ld"}}, "code"),
+    ({"source": REPO / "record.py"}, "packing_code"),
     ({"dataset": "proxy"}, "dataset"),
+    ({"facts": {"train_tokens": 10**9}}, "train_tokens"),
+    ({"facts": {"train_digest": "07e4"}}, "train_digest"),
+    ({"val_digest": "07e4"}, "val_digest"),
     ({"hardware": "1 x NVIDIA H100 80GB HBM3"}, "hardware"),
     ({"facts": {"interrupted": True}}, "whole_run"),
     ({"facts": {"fault": "step 9: nan"}}, "whole_run"),
@@ -198,13 +205,28 @@ def test_only_paths_names_and_two_intervals_are_per_run() -> None:
     }  # fmt: skip
 
 
-def test_a_recipe_holds_every_other_setting_and_five_facts() -> None:
-    facts = {"code", "dataset", "val_tokens", "hardware", "whole_run"}
+def test_a_recipe_holds_every_other_setting_and_nine_facts() -> None:
+    facts = {
+        "code", "packing_code", "dataset", "train_tokens", "train_digest", "val_tokens",
+        "val_digest", "hardware", "whole_run",
+    }  # fmt: skip
     settings = {field.name for field in FIELDS} - PER_RUN
     recipe = record.recipe_of(result(1, 2.0))
     assert set(recipe) == settings | facts
     assert {name: recipe[name] for name in settings} == {n: getattr(CARD, n) for n in settings}
     assert recipe["val_tokens"] == TOKENS and recipe["whole_run"] is True
+    assert (recipe["train_digest"], recipe["val_digest"]) == ("7a1e", "fa11")
+    assert recipe["code"] == recipe["packing_code"] == train_gpt.code_digest()
+
+
+def test_a_recipe_with_fewer_keys_is_another_one(tmp_path: Path) -> None:
+    """An older version may not have told data apart; neither order merges the two."""
+    for newest in (False, True):
+        older = result(1, 2.0, time=2000.0 if newest else 500.0)
+        del older["recipe"]["train_digest"]
+        report, lines = merge(tmp_path, older, result(2, 2.0))
+        assert report["seeds"] == ([1] if newest else [2])
+        assert "of another train_digest and is not merged" in lines[0]
 
 
 def test_a_result_has_the_seed_of_its_training(tmp_path: Path) -> None:

@@ -111,8 +111,10 @@ def recorded_steps(patch: pytest.MonkeyPatch) -> list[Step]:
     step, warm_up = Trainer.train_step, Trainer.warm_up
     steps: list[Step] = []
 
-    def recording(self: Trainer, tokens: Tensor, lr: float, decay: float = 0.0) -> Tensor:
-        loss = step(self, tokens, lr, decay)
+    def recording(
+        self: Trainer, tokens: Tensor, lr: float, decay: float = 0.0, **options: Any
+    ) -> Tensor:
+        loss = step(self, tokens, lr, decay, **options)
         masters = {n: t.detach().clone() for n, t in self.optimizer.masters().items()}
         steps.append(Step(tokens, lr, decay, masters))
         return loss
@@ -452,7 +454,7 @@ def obtain(h: Hyperparameters, folder: Path) -> str:
     """The message with which training ends; `folder` gets its shards and what it saves."""
     h = dataclasses.replace(h, data_path=str(folder), output_dir=str(folder))
     write_shard(folder / "fineweb_train_000000.bin", counting_tokens(3000, 0))
-    return refusal(train_gpt.train_or_load, new_session(h, new_evaluator(h, cpu_runtime())))
+    return refusal(train_gpt.train_and_save, new_session(h, new_evaluator(h, cpu_runtime())))
 
 
 class Fault(NamedTuple):
@@ -520,8 +522,8 @@ def test_a_state_that_is_not_finite_is_not_saved(
 ) -> None:
     step, calls = Trainer.train_step, iter(range(1, 100))
 
-    def poisoning(self: Trainer, *args: Any) -> Tensor:
-        loss = step(self, *args)
+    def poisoning(self: Trainer, *args: Any, **options: Any) -> Tensor:
+        loss = step(self, *args, **options)
         if next(calls) == 5:
             self.optimizer.small.master.fill_(float("nan"))
             loss = loss + float("nan")
@@ -606,7 +608,7 @@ def legality(tmp_path_factory: pytest.TempPathFactory) -> Legality:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_gpt, "read_shard", noting)
         steps = recorded_steps(patch)
-        train_gpt.train_or_load(new_session(h, evaluator))
+        train_gpt.train_and_save(new_session(h, evaluator))
     return Legality(opened, steps, (folder / "train.log").read_text().splitlines())
 
 
