@@ -69,7 +69,7 @@ def program(folder: Path, change: str = "") -> Path:
 
 
 def completed_run(
-    script: Path, data: dict[str, Any], out: Path, ranks: int = 1, **settings: object
+    script: Path, data: dict[str, Any], out: Path, ranks: int = 1, **settings: Any
 ) -> Done:
     return wait_for(launch(script, ranks=ranks, cwd=out, **environment(data, out, **settings)))
 
