@@ -48,7 +48,7 @@ import unicodedata
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import chain
@@ -191,7 +191,8 @@ Check = Callable[[str, int, list[str], list[list[int]]], None]  # split, first, 
 
 def note(line: str) -> None:
     """Tell what was recognised; standard output is for the summary and the export line."""
-    print(f"prepare_data: {line}", file=sys.stderr)
+    with suppress(OSError):  # standard error may have gone with its terminal
+        print(f"prepare_data: {line}", file=sys.stderr)
 
 
 def digest(text: bytes | str) -> str:

@@ -43,8 +43,9 @@ def load_results(folder: Path, log: Log) -> list[Result]:
             result = json.loads(path.read_text())
             # Whole is what makes a submission by itself; an edited or older one may not.
             text_of([result], env={}, log=lambda line: None)
-            found.append((float(result["time"]), path.name, result))
-        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as problem:
+            check_numbers({"time": result["time"], **seed_result(result)})
+            found.append((result["time"], path.name, result))
+        except Exception as problem:  # a file that was edited may hold anything
             log(
                 f"seeds: {path.name} is not a whole result of this train_gpt.py and is not merged "
                 f"({type(problem).__name__}: {problem})"
@@ -84,6 +85,14 @@ def seed_result(result: Result) -> dict[str, Any]:
     }
 
 
+def check_numbers(row: Mapping[str, Any]) -> None:
+    """Raises ValueError for what no run has: no number, not finite, below 0, a score of 0."""
+    for name, value in row.items():
+        least = 1e-9 if name.startswith("val_") else 0
+        if type(value) not in (int, float) or not least <= value < 1e15:
+            raise ValueError(f"{name} is {value!r}")
+
+
 def student_tail(t: float, df: float) -> float:
     """P(T > t) of Student's t.  With x = sqrt(df) tan(a) its density becomes cos(a)^(df - 1)."""
 
@@ -109,17 +118,17 @@ def welch(ours: list[float], theirs: list[float]) -> dict[str, Any]:
 
 
 def baseline(env: Mapping[str, str], nats_per_bpb: float) -> list[float]:
-    """Losses of the seeds to beat, in nats.  Raises ValueError for what is no number."""
+    """Losses of the seeds to beat, in nats.  Raises ValueError for what is no loss."""
     for name, scale in (("BASELINE_LOSS", 1.0), ("BASELINE_BPB", nats_per_bpb)):
         if env.get(name):
             try:
                 values = [float(part) for part in env[name].split(",")]
-                if not np.isfinite(values).all():
+                if not all(1e-3 < value < 1e3 for value in values):  # nor nan
                     raise ValueError
                 return [value * scale for value in values]
             except ValueError:
                 raise ValueError(
-                    f"{name}={env[name]!r}: expected numbers with commas between "
+                    f"{name}={env[name]!r}: expected losses with commas between "
                     "them; no test was made, `python record.py` repeats it"
                 ) from None
     return []
@@ -222,7 +231,7 @@ def main() -> None:
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else ".")
     try:
         write_submission(folder, os.environ, print)
-    except FileNotFoundError as error:
+    except OSError as error:
         sys.exit(f"error: {error}")
 
 

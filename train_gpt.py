@@ -531,6 +531,8 @@ def launch_of(env: Mapping[str, str]) -> tuple[int, int, int]:
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"):
         require(env[name].isdecimal(), f"{name}={env[name]!r}: expected a whole number; {remedy}")
     rank, local_rank, world_size = (int(env[name]) for name in names[:3])
+    port = int(env["MASTER_PORT"])
+    require(0 < port < 1 << 16, f"MASTER_PORT={port}: expected 1 to 65535; {remedy}")
     inside = local_rank <= rank < world_size
     require(inside, f"RANK={rank}, WORLD_SIZE={world_size}: not a rank of that many; {remedy}")
     return rank, local_rank, world_size
@@ -553,6 +555,7 @@ class RunLog:
     def __call__(self, line: str) -> None:
         if not self.path:
             return
+        line = line.encode(errors="backslashreplace").decode()  # names of files may hold any byte
         self.unwritten += line.encode() + b"\n"
         with contextlib.suppress(OSError):  # no reason to lose what is trained: the next line
             self.flush()  # tries again, and `RunFiles.finish` tells
@@ -1719,14 +1722,18 @@ def fused_error(h: Hyperparameters, device: torch.device) -> float:
     def mlp(function: Callable[..., Any]) -> Callable[..., Any]:
         return lambda x, up, down: function(x, up, down, 0.5, h.mlp_slope)
 
-    return max(
+    errors = [
         twin_error(heads(FusedHeads.apply), heads(project_heads), [x, qkv, gain]),
         twin_error(mlp(FusedMLP.apply), mlp(relu2_mlp), [x, up, down]),
-    )
+    ]
+    return float(np.max(errors))  # nan if one is: Python's max may drop it
 
 
 def twin_error(fast: Callable[..., Any], plain: Callable[..., Any], inputs: list[Tensor]) -> float:
-    """Largest relative error, in bfloat16, of output and gradients against `plain` in float32."""
+    """Largest relative error, in bfloat16, of output and gradients against `plain` in float32.
+
+    It is nan if any number is.
+    """
 
     def results(function: Callable[..., Any], dtype: torch.dtype) -> list[Tensor]:
         # Both get the values that bfloat16 holds.
@@ -1740,7 +1747,7 @@ def twin_error(fast: Callable[..., Any], plain: Callable[..., Any], inputs: list
     found = results(fast, torch.bfloat16)
     exact = results(plain, torch.float32)
     errors = [(a.float() - b).norm() / b.norm() for a, b in zip(found, exact, strict=True)]
-    return max(float(error) for error in errors)
+    return float(torch.stack(errors).max())
 
 
 def first_correct_attention(
@@ -3030,12 +3037,12 @@ def train(
         losses.land()
         clock.stop()
 
-    loader.close()
-    data_faults = [fault for fault in runtime.gather(data_fault) if fault]
-    losses.fault = data_faults[0] if data_faults else losses.fault
-    facts = training_facts(trainer, plan, clock, losses, step, interrupted)
-    log(f"training {facts}")
-    return trainer.stages(), facts
+        loader.close()
+        data_faults = [fault for fault in runtime.gather(data_fault) if fault]
+        losses.fault = data_faults[0] if data_faults else losses.fault
+        facts = training_facts(trainer, plan, clock, losses, step, interrupted)
+        log(f"training {facts}")
+        return trainer.stages(), facts
 
 
 def validate(
@@ -3135,6 +3142,13 @@ class RunFiles:
             file.flush()
             yield
 
+    def check_names(self) -> None:
+        """Raises RunError if a folder has the name of a file that is written at the end."""
+        names = ("train.log", "submission.json", f"result_seed{self.h.seed}.json", "final_model.pt",
+                 "final_model.ptz", f"{self.kind}.log")  # fmt: skip
+        for path in (self.weights, *(self.folder / name for name in names)):
+            require(not path.is_dir(), f"{path}: is a folder; move it or set another OUTPUT_DIR")
+
     def finish(self, log: RunLog) -> None:
         """Gives the files that this run wrote their names.  Raises OSError if the disk is full."""
         log.flush()
@@ -3185,28 +3199,32 @@ def run(h: Hyperparameters, runtime: Runtime, checkpoint: Checkpoint | None = No
                 pack_stage(session, stages["averaged"])
         with resumable(session):
             bytes_model = score_from_disk(session, scores)
-        result = RunResult(scores, facts, SOURCE.stat().st_size, bytes_model)
-        if runtime.rank == 0:
-            report(session, result)
+            result = RunResult(scores, facts, SOURCE.stat().st_size, bytes_model)
+            if runtime.rank == 0:
+                report(session, result)
         return result
 
 
 @contextlib.contextmanager
 def resumable(session: Session) -> Iterator[None]:
-    """What is interrupted here has its weights on disk, and the message names them."""
+    """What ends here has its weights on disk, and the message names them."""
+    weights = session.h.resume_from or session.files.weights
+    resume = f"RESUME_FROM={weights} packs and scores it"
     try:
         yield
     except KeyboardInterrupt:
-        if session.h.eval_only:
-            raise
-        weights = session.h.resume_from or session.files.weights
-        raise RunError(f"interrupted: RESUME_FROM={weights} packs and scores it") from None
+        require(session.h.eval_only, f"interrupted: {resume}")
+        raise
+    except OSError as error:
+        require(session.h.eval_only, f"{message_of(error)}; then {resume}")
+        raise
 
 
 def open_session(h: Hyperparameters, runtime: Runtime, files: RunFiles) -> Session:
     """Opens and checks all that the run reads; only then its log, so that a run which cannot start
     leaves the last one's files alone."""
     batch_layout(h, runtime.world_size)  # refuses what does not divide
+    files.check_names()
     if h.eval_dump and runtime.rank == 0:
         dump = Path(h.eval_dump).absolute()
         require(
@@ -3265,9 +3283,10 @@ def train_and_save(session: Session) -> Checkpoint:
     plan = BatchPlan(shards, h.train_seq_len, h.train_batch_tokens // h.train_seq_len, h.seed)
     trainer = Trainer(h, session.runtime, session.kernels)
     stages, facts = train(h, session.runtime, session.log, session.evaluator, trainer, plan)
-    finite = all(bool(w.isfinite().all()) for w in stages["averaged"].values())
-    if session.runtime.rank == 0 and finite:
-        save_checkpoint(session.files.weights, h, stages, facts)
+    with received_signals() as late:  # torchrun sends a Ctrl-C twice
+        finite = all(bool(w.isfinite().all()) for w in stages["averaged"].values())
+        if session.runtime.rank == 0 and finite:
+            save_checkpoint(session.files.weights, h, stages, facts)
     if facts.fault:
         kept = "no finite weights left"
         if finite:
@@ -3277,6 +3296,9 @@ def train_and_save(session: Session) -> Checkpoint:
         raise RunError(
             f"interrupted at step {facts.step_stop}: RESUME_FROM={session.files.weights} scores it"
         )
+    with resumable(session):
+        if late and not facts.interrupted:
+            raise KeyboardInterrupt
     return Checkpoint(stages, facts)
 
 
@@ -3436,8 +3458,20 @@ def interrupt(number: int, frame: Any) -> None:
     raise KeyboardInterrupt
 
 
+def open_streams() -> None:
+    """Standard streams that were closed at the start lead nowhere from here on.
+
+    Python has None for them, and the next file that is opened would get their number.
+    """
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+
+
 def main() -> None:
     """Exits with 0, or with 1 and one message on stderr."""
+    open_streams()
     try:
         for number in ending_signals():  # outside of training each of them is a Ctrl-C
             signal.signal(number, interrupt)
@@ -3462,8 +3496,8 @@ def main() -> None:
         lost_a_rank = isinstance(error, RuntimeError) and "gloo" in str(error).lower()
         if isinstance(error, RuntimeError) and not lost_a_rank:
             raise  # a bug, not a collective whose peer has gone
-        rank = int(os.environ.get("RANK") or 0)
-        if rank:  # most faults meet all ranks: rank 0 speaks first
+        rank = os.environ.get("RANK") or "0"  # may be no number: that is a mistake, too
+        if rank != "0":  # most faults meet all ranks: rank 0 speaks first
             time.sleep(2)
         kind = "lost a rank" if lost_a_rank else "error"
         with contextlib.suppress(OSError):  # standard error may have gone with its terminal
