@@ -28,7 +28,8 @@ import pack
 
 FACTS = train_gpt.TrainingFacts(
     step_stop=3, wallclock_seconds=1.0, seed=1, qat_steps=0, step_avg_ms=1.0, swa_steps=0,
-    train_shards=1, train_tokens=1, final_train_loss=2.0, interrupted=False,
+    train_shards=1, train_tokens=1, train_digest="7a1e", code_sha256="c0de",
+    final_train_loss=2.0, interrupted=False,
     graphs_compiled_on_clock=0, fault="",
 )  # fmt: skip
 
