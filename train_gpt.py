@@ -675,16 +675,16 @@ def read_manifest(data_path: str) -> dict[str, Any]:
 def check_tokenizer(h: Hyperparameters) -> None:
     """Raises RunError if the manifest of the shards names another tokenizer than TOKENIZER_PATH."""
     stated = read_manifest(h.data_path).get("tokenizer")
-    model = Path(h.tokenizer_path).read_bytes()
-    found = hashlib.sha256(model).hexdigest()
-    if isinstance(stated, dict):
-        stated = stated.get("sha256")
+    if isinstance(stated, dict) and stated.get("sha256"):
+        stated = stated["sha256"]
+        found = hashlib.sha256(Path(h.tokenizer_path).read_bytes()).hexdigest()
     elif isinstance(stated, str) and len(stated) == 32:  # manifests before version 2
+        model = Path(h.tokenizer_path).read_bytes()
         found = hashlib.blake2b(model, digest_size=16).hexdigest()
-    else:  # of another program: the check of documents remains
+    else:  # no manifest, or one of another program: the check of documents remains
         return
     require(
-        stated in (None, found),
+        stated == found,
         f"TOKENIZER_PATH={h.tokenizer_path}: its digest is {found}, but manifest.json in "
         f"DATA_PATH={h.data_path} names {stated}; set the tokenizer of these shards",
     )
@@ -3490,13 +3490,12 @@ def main() -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
     except (RunError, OSError, RuntimeError, KeyboardInterrupt) as error:
-        speaks = (os.environ.get("RANK") or "0") == "0"
+        rank = os.environ.get("RANK") or "0"  # may be no number: that is a mistake, too
         for number in ending_signals():  # torchrun ends the ranks that wait for rank 0 to speak
-            signal.signal(number, signal.SIG_IGN if speaks else signal.SIG_DFL)
+            signal.signal(number, signal.SIG_IGN if rank == "0" else signal.SIG_DFL)
         lost_a_rank = isinstance(error, RuntimeError) and "gloo" in str(error).lower()
         if isinstance(error, RuntimeError) and not lost_a_rank:
             raise  # a bug, not a collective whose peer has gone
-        rank = os.environ.get("RANK") or "0"  # may be no number: that is a mistake, too
         if rank != "0":  # most faults meet all ranks: rank 0 speaks first
             time.sleep(2)
         kind = "lost a rank" if lost_a_rank else "error"

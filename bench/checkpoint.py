@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,17 +17,14 @@ from prepare_data import with_sample
 def load(path: str | Path, env: Mapping[str, str]) -> tuple[tg.Hyperparameters, tg.Stages]:
     """Settings and, by stage, float32 weights on the CPU.
 
-    The architecture is the checkpoint's; `env` overrides the other settings.  Raises RunError if
-    the file is no checkpoint or if the settings do not go with it.
+    The settings are those of the training; `env` overrides what comes after it.  Raises RunError if
+    the file is no checkpoint or if `env` contradicts it.
     """
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        architecture = {name: saved["architecture"][name] for name in tg.ARCHITECTURE}
-        stages = {
-            stage: {name: w.float() for name, w in state.items()}
-            for stage, state in saved["stages"].items()
-        }
-    except Exception:
-        raise tg.RunError(f"{path}: not a run's final_model.pt") from None
-    h = dataclasses.replace(tg.Hyperparameters.from_env(env), **architecture)
+    env = {**env, "RESUME_FROM": str(path)}
+    runtime = tg.Runtime(torch.device("cpu"))
+    h, checkpoint = tg.load_checkpoint(tg.settings_of_process(env), runtime, env)
+    stages = {
+        stage: {name: w.float() for name, w in state.items()}
+        for stage, state in checkpoint.stages.items()
+    }
     return with_sample(h), stages

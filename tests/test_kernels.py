@@ -206,8 +206,11 @@ def test_on_a_cpu_plain_layers_are_chosen_and_logged() -> None:
 def test_fused_layers_run_on_hopper_with_sizes_that_they_take(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], changes: dict[str, int], run: bool
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    assert tg.fused_layers_run(support.tiny(**changes)) is run
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    monkeypatch.setattr(tg, "fused_error", lambda *_: 0.004)  # as on an H100
+    lines: list[str] = []
+    h = support.tiny(**changes)
+    assert tg.fused_layers_run(h, torch.device("cuda"), lines.append) is run  # type: ignore[arg-type]
 
 
 def test_flash_attention_3_comes_first_and_is_causal(
@@ -236,7 +239,7 @@ def test_on_cuda_the_first_attention_that_is_correct_is_chosen(
     h, lines, right = support.tiny(), list[str](), tg.sdpa()
     error, cpu = tg.attention_error, torch.device("cpu")
     monkeypatch.setattr(tg, "attention_error", lambda h, f, device: error(h, f, cpu))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
     runtime = tg.Runtime(torch.device("cuda"))
     found = {"refused": refuse, "wrong": wrong, "right": right, "next": tg.sdpa()}
     monkeypatch.setattr(tg, "attention_candidates", lambda: found)
