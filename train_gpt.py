@@ -675,7 +675,7 @@ def read_manifest(data_path: str) -> dict[str, Any]:
 def check_tokenizer(h: Hyperparameters) -> None:
     """Raises RunError if the manifest of the shards names another tokenizer than TOKENIZER_PATH."""
     stated = read_manifest(h.data_path).get("tokenizer")
-    if isinstance(stated, dict) and stated.get("sha256"):
+    if isinstance(stated, dict) and stated.get("sha256") is not None:
         stated = stated["sha256"]
         found = hashlib.sha256(Path(h.tokenizer_path).read_bytes()).hexdigest()
     elif isinstance(stated, str) and len(stated) == 32:  # manifests before version 2
