@@ -225,7 +225,7 @@ def test_the_plan_of_the_layers_is_this(h: Hyperparameters, layers: Sequence[Lay
     plan = layer_plan(h)
     scales = [layer.depth_scale for layer in plan]
     assert scales == pytest.approx(DEPTH_SCALES[: len(layers)], rel=1e-7)
-    assert plan == [
+    assert list(plan) == [
         LayerPlan(
             number=number,
             depth_scale=scale,
