@@ -30,12 +30,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 GONE = {
     "read once": "$RUN | head -1",
-    "never read": "$RUN | true",
     "both read once": "$RUN 2>&1 | head -1",
     "closed": "$RUN >&-",
-    "both closed": "$RUN >&- 2>&-",
     "all closed": "$RUN <&- >&- 2>&-",
-    "full": "$RUN > /dev/full",
     "both full": "$RUN > /dev/full 2>&1",
 }
 
@@ -358,8 +355,7 @@ def struck(*arguments):
     return function(*arguments)
 train_gpt.{name} = struck
 """
-LATE = [("pack_to_budget", "SIGTERM"), ("pack", "SIGINT"), ("unpack", "SIGTERM"),
-        ("score_from_disk", "SIGHUP"), ("write_result", "SIGTERM")]  # fmt: skip
+LATE = [("pack", "SIGINT"), ("score_from_disk", "SIGHUP"), ("write_result", "SIGTERM")]
 
 
 @pytest.mark.parametrize(("name", "number"), LATE)
