@@ -1,5 +1,6 @@
 """Claims about two runs in one OUTPUT_DIR: the second is refused, and nothing stays locked."""
 
+import errno
 import os
 import re
 import signal
@@ -229,3 +230,15 @@ def test_two_seeds_after_each_other_share_a_folder(data: Data, tmp_path: Path) -
     assert {path.name for path in tmp_path.glob("result_seed*")} == {
         "result_seed1.json", "result_seed2.json"
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS])
+def test_a_file_system_without_locks_ends_no_run(
+    code: int, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(*_: Any) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(train_gpt.fcntl, "flock", no_locks)
+    run_here(data, tmp_path)
+    check_whole(tmp_path)
