@@ -371,7 +371,7 @@ def test_the_entropy_in_the_log_is_that_of_the_codes() -> None:
     lines: list[str] = []
     pack_to_budget(state(), H, 20_000, lines.append)
     fields = dict(field.split(":") for field in lines[-1].split() if ":" in field)
-    step, bits = float(fields["step"]), 0.0
+    step, bits = float(fields["grid_step"]), 0.0
     for name, g in train_gpt.export_grids(H).items():
         w = state()[name].reshape(len(g.qmax), -1, state()[name].shape[-1])
         for matrix, qmax, ratio in zip(w, g.qmax, g.step_ratio, strict=True):
