@@ -441,8 +441,10 @@ class Runtime:
         rank, local_rank, world_size = launch_of(env)
         gpus = torch.cuda.device_count()
         on_cuda = gpus > 0 if h.device == "auto" else h.device == "cuda"
+        # Asking for the list imports the compiler, which takes 2 s.
+        known = h.compile_backend in ("auto", "none", "inductor")
         require(
-            h.compile_backend in ("auto", "none", *torch.compiler.list_backends(())),
+            known or h.compile_backend in torch.compiler.list_backends(()),
             f"COMPILE_BACKEND={h.compile_backend!r}: set auto, none or inductor",
         )
         require(
@@ -3082,7 +3084,9 @@ def training_facts(
 
 
 def graphs_compiled() -> int:
-    """By this process, so far."""
+    """By this process, so far; none while nothing has imported the compiler."""
+    if "torch._dynamo" not in sys.modules:
+        return 0
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
