@@ -65,7 +65,7 @@ RUNGS = {
     "B": Rung(98_304, 3_200),
     "C": Rung(393_216, 800),
     "D": Rung(98_304, 1_600),
-    "E": Rung(196_608, 1_600),
+    "E": Rung(196_608, 800),
     "F": Rung(393_216, 1_600),
     "G": Rung(98_304, 6_400),
 }
@@ -138,40 +138,40 @@ DESIGN = [
     Row("A", "DECAY_PER_RUN=80", 0.004, "110: +0.0046 after 300 steps"),
     Row("A", "DECAY_PER_RUN=320", 0.012, "230: +0.0072 after 300 steps"),
     Row("B", "", 0, "base"),
-    Row("B", "MUON_MOMENTUM=0.97", 0.002, "P-time +0.0027; longer forgives"),
-    Row("B", "MATRIX_LR=0.042", 0.003, "longer wants less"),
-    Row("B", "MATRIX_LR=0.021", -0.001, "longer wants less"),
-    Row("B", "DECAY_PER_RUN=320", 0.005, "P-time +0.0067; longer forgives"),
     Row("C", "", 0, "base"),
-    Row("C", "MUON_MOMENTUM=0.97", 0.001, "published runs at full batch take 0.97"),
-    Row("C", "MATRIX_LR=0.042", -0.002, "larger batch wants more"),
-    Row("C", "DECAY_PER_RUN=320", 0.01, "as after few steps"),
-    # Both sides of an optimum at these corners
-    Row("A", "MUON_MOMENTUM=0.92", 0, "0.90 against 0.95: +0.0008 after 700 steps"),
-    Row("C", "MUON_MOMENTUM=0.92", 0.001, "larger batch averages less"),
-    Row("B", "MUON_MOMENTUM=0.92", 0.001, "a small batch is noisy at the end"),
-    Row("C", "MATRIX_LR=0.021", 0.005, "few steps want more"),
-    Row("C", "DECAY_PER_RUN=80", 0.004, "as A"),
-    Row("C", "MUON_MOMENTUM=0.985", 0.005, "less than A: less noise"),
-    Row("B", "DECAY_PER_RUN=80", 0.005, "weights grow longer"),
-    Row("B", "MUON_MOMENTUM=0.985", 0.006, "less than A: the warm-up is short there"),
-    # The middle: length at one batch, batch at one length
+    Row("B", "DECAY_PER_RUN=320", 0.005, "P-time +0.0067; longer forgives"),
+    Row("C", "DECAY_PER_RUN=320", 0.012, "as A; more tokens forgive a little"),
+    Row("B", "MUON_MOMENTUM=0.97", 0.002, "P-time +0.0027; longer forgives"),
+    Row("C", "MUON_MOMENTUM=0.97", 0.003, "A +0.0046; published runs at full batch take 0.97"),
+    Row("B", "MATRIX_LR=0.021", -0.001, "longer wants less"),
+    Row("C", "MATRIX_LR=0.042", -0.001, "larger batch wants more; A +0.0031"),
+    # Between them: length at one batch, batch at one length
     Row("D", "", 0, "base"),
     Row("D", "MUON_MOMENTUM=0.97", 0.002, "as A and B"),
-    Row("D", "MUON_MOMENTUM=0.92", 0.0005, "as A and B"),
-    Row("D", "MUON_MOMENTUM=0.985", 0.007, "as A and B"),
-    Row("D", "MATRIX_LR=0.021", 0.001, "between A and B"),
-    Row("D", "MATRIX_LR=0.042", 0.002, "between A and B; 0.04: +0.0029 before NorMuon"),
-    Row("D", "DECAY_PER_RUN=80", 0.004, "as A and B"),
-    Row("D", "DECAY_PER_RUN=320", 0.008, "P-time +0.0067"),
+    Row("D", "DECAY_PER_RUN=80", 0.001, "between A and B"),
     Row("E", "", 0, "base"),
-    Row("E", "MUON_MOMENTUM=0.97", 0.001, "less than D: less noise"),
-    Row("E", "MUON_MOMENTUM=0.92", 0.001, "more than D"),
-    Row("E", "MUON_MOMENTUM=0.985", 0.005, "less than D"),
-    Row("E", "MATRIX_LR=0.021", 0.002, "larger batch wants more"),
-    Row("E", "MATRIX_LR=0.042", 0, "larger batch wants more"),
-    Row("E", "DECAY_PER_RUN=80", 0.004, "as D"),
-    Row("E", "DECAY_PER_RUN=320", 0.008, "as D"),
+    Row("D", "MATRIX_LR=0.021", 0.001, "between A and B"),
+    Row("E", "MATRIX_LR=0.042", 0.001, "between A and C"),
+    Row("B", "DECAY_PER_RUN=80", 0.005, "weights grow longer"),
+    Row("C", "DECAY_PER_RUN=80", -0.001, "as A"),
+    Row("E", "MUON_MOMENTUM=0.97", 0.004, "between A and C"),
+    Row("E", "DECAY_PER_RUN=320", 0.015, "between A and C"),
+    Row("A", "MUON_MOMENTUM=0.92", -0.001, "A's quadratic has its optimum at 0.89"),
+    Row("D", "DECAY_PER_RUN=320", 0.01, "P-time +0.0067, A +0.0180"),
+    Row("D", "MATRIX_LR=0.042", 0.003, "A +0.0031; 0.04: +0.0029 before NorMuon"),
+    # The other sides of the optima
+    Row("B", "MATRIX_LR=0.042", 0.003, "longer wants less"),
+    Row("C", "MATRIX_LR=0.021", 0.005, "few steps want more"),
+    Row("E", "MATRIX_LR=0.021", 0.003, "between A and C"),
+    Row("E", "DECAY_PER_RUN=80", -0.001, "as A"),
+    Row("D", "MUON_MOMENTUM=0.92", 0.0005, "as A and B"),
+    Row("E", "MUON_MOMENTUM=0.92", 0, "between A and C"),
+    Row("C", "MUON_MOMENTUM=0.92", 0.001, "larger batch averages less"),
+    Row("B", "MUON_MOMENTUM=0.92", 0.001, "a small batch is noisy at the end"),
+    Row("D", "MUON_MOMENTUM=0.985", 0.010, "A +0.0144; longer forgives"),
+    Row("E", "MUON_MOMENTUM=0.985", 0.012, "as A"),
+    Row("C", "MUON_MOMENTUM=0.985", 0.010, "less than A: less noise"),
+    Row("B", "MUON_MOMENTUM=0.985", 0.006, "less than A: the warm-up is short there"),
     # Techniques that may be artefacts of the start or of small batches
     Row("D", "ROPE_DIMS=128", 0, "-0.0089 after 300 steps, the start's speed"),
     Row("D", "OFF=depth_scale", 0, "-0.0080 after 300 steps, the start's speed"),
@@ -559,8 +559,17 @@ class Optimum(NamedTuple):
     doubt: str  # why it is not determined; empty: it is
     curve: tuple[float, ...]  # coefficients of numpy.polyval over the logarithm
     lowest: float  # logarithm of the row of the lowest bpb
+    common: tuple[float, float] | None = None  # log and sd with the curvature of all rungs
+
+    @property
+    def known(self) -> tuple[float, float] | None:
+        """Logarithm and deviation, by its own rows or by the common curvature."""
+        return self.common if self.doubt else (self.log, self.sd)
 
     def told(self, scale: Scale) -> str:
+        if self.common:
+            low, high = interval(*self.common, scale)
+            return f"{scale.from_log(self.common[0]):.4g} ({low:.4g} to {high:.4g}) *"
         if self.doubt:
             row = scale.from_log(self.lowest)
             return f"not determined: {self.doubt}, of which {row:.4g} is the best"
@@ -634,37 +643,127 @@ def fit_optimum(rows: Sequence[Sequence[float]], noise: float, draws: int = 1000
     return Optimum(best, sd, doubt, tuple(shifted.coefficients), lowest)
 
 
-def fit_law(optima: Mapping[str, Optimum]) -> Law | str:
-    """Weighted least squares over the rungs whose optimum is determined, or why there is none.
+class Resampled(NamedTuple):
+    """A linear least-squares fit: its coefficients, and those of `draws` resamples of the noise."""
 
-    Where the rungs scatter more than their own uncertainty, all uncertainties grow to match.
+    best: np.ndarray  # (columns,)
+    draws: np.ndarray  # (columns, draws)
+
+    def ratio(self, column: int) -> tuple[float, float]:
+        """-coefficient / (2 curvature), where the curvature is column 0, and its deviation.
+
+        The deviation is half of the middle 68 % of the resamples.
+        """
+        upwards = self.draws[0] > 0
+        bests = -self.draws[column, upwards] / (2 * self.draws[0, upwards])
+        sd = float(np.diff(np.quantile(bests, [0.16, 0.84]))[0]) / 2
+        return float(-self.best[column] / (2 * self.best[0])), sd
+
+
+def resampled_fit(design: np.ndarray, y: np.ndarray, noise: float) -> Resampled | str:
+    """Column 0 is the square of the setting's logarithm; or why the rows do not determine it.
+
+    Where the rows scatter around the fit more than their noise, the noise grows to match.
     """
-    sure = {rung: optimum for rung, optimum in optima.items() if not optimum.doubt}
-    design = np.array([(1.0, *size_logs(RUNGS[rung])) for rung in sure])
-    if len(sure) < 3 or np.linalg.matrix_rank(design) < 3:
-        return f"too few rungs: {len(sure)} determined, expected 3 of two batches and two lengths"
-    logs = np.array([optimum.log for optimum in sure.values()])
-    weights = 1 / np.array([optimum.sd for optimum in sure.values()])
-    covariance = np.linalg.inv((design * weights[:, None] ** 2).T @ design)
-    coefficients = covariance @ (design.T @ (weights**2 * logs))
-    misfit = float(np.sum((weights * (logs - design @ coefficients)) ** 2))
-    spare = len(sure) - 3
-    if spare:
-        covariance *= max(1.0, misfit / spare)
-    a, b, c = map(float, coefficients)
-    sd_a, sd_b, sd_c = map(float, np.sqrt(np.diag(covariance)))
-    return Law((a, b, c), (sd_a, sd_b, sd_c))
+    rows, columns = design.shape
+    if np.linalg.matrix_rank(design) < columns:
+        return "too few rows"
+    solve = np.linalg.pinv(design)
+    best = solve @ y
+    if rows > columns:
+        misfit = float(np.sum((y - design @ best) ** 2)) / (rows - columns)
+        noise = max(noise, math.sqrt(misfit))
+    errors = noise * np.random.default_rng(0).standard_normal((rows, 1000))
+    draws = solve @ (y[:, None] + errors)
+    if np.mean(draws[0] > 0) < CERTAIN:
+        return "common curvature not certain to be positive"
+    return Resampled(best, draws)
+
+
+class Samples(NamedTuple):
+    """All rows of one setting: rung, logarithm against the base's, bpb."""
+
+    rungs: list[str]
+    x: np.ndarray
+    y: np.ndarray
+
+    @classmethod
+    def of(cls, done: Mapping[str, Record], name: str, score: str) -> Samples:
+        """Rungs where the setting has two values or more."""
+        rungs: list[str] = []
+        rows: list[list[float]] = []
+        for rung in RUNGS:
+            found = points(done, rung, name, score)
+            if len(found) >= 2:
+                rungs += [rung] * len(found)
+                rows += found
+        x, y = np.array(rows).reshape(-1, 2).T
+        return cls(rungs, x - SCALES[name].to_log(float(BASE[name])), y)
+
+    @property
+    def names(self) -> list[str]:
+        return list(dict.fromkeys(self.rungs))
+
+    @property
+    def levels(self) -> list[np.ndarray]:
+        """A column a rung: 1 on its rows."""
+        rungs = np.array(self.rungs)
+        return [(rungs == name).astype(float) for name in self.names]
+
+
+def fit_common(samples: Samples, noise: float) -> dict[str, tuple[float, float]] | str:
+    """[log against the base's, deviation] of each rung's optimum, all of one curvature.
+
+    A rung then needs two rows.
+    """
+    if not samples.rungs:
+        return "too few rows"
+    slopes = [samples.x * level for level in samples.levels]
+    design = np.stack([samples.x**2, *slopes, *samples.levels], axis=1)
+    fit = resampled_fit(design, samples.y, noise)
+    if isinstance(fit, str):
+        return fit
+    return {rung: fit.ratio(1 + i) for i, rung in enumerate(samples.names)}
+
+
+def fit_law(samples: Samples, name: str, noise: float) -> Law | str:
+    """Least squares over all rows of all rungs: one curvature, and an optimum that follows the law.
+
+    bpb = rung + k (x - best)^2 with best = a + b log(batch) + c log(steps) is linear in k, k a, k b
+    and k c, since the rung's own term takes up k best^2.  No rung is left out for being in doubt.
+    """
+    sizes = [size_logs(RUNGS[rung]) for rung in samples.rungs]
+    if len(samples.names) < 3 or np.linalg.matrix_rank([(1.0, *size) for size in sizes]) < 3:
+        rungs = len(samples.names)
+        return f"too few rungs: {rungs} with two rows, expected 3 of two batches and two lengths"
+    x = samples.x
+    by_batch, by_steps = np.array(sizes).T
+    design = np.stack([x**2, x, x * by_batch, x * by_steps, *samples.levels], axis=1)
+    fit = resampled_fit(design, samples.y, noise)
+    if isinstance(fit, str):
+        return fit
+    (a, sd_a), (b, sd_b), (c, sd_c) = fit.ratio(1), fit.ratio(2), fit.ratio(3)
+    base = SCALES[name].to_log(float(BASE[name]))
+    return Law((base + a, b, c), (sd_a, sd_b, sd_c))
 
 
 def fit_setting(
     done: Mapping[str, Record], name: str, score: str, noise: float
 ) -> tuple[dict[str, Optimum], Law | str]:
+    """Optima of the rungs, with the common curvature where their own rows do not determine one."""
+    samples = Samples.of(done, name, score)
+    common = fit_common(samples, noise)
+    base = SCALES[name].to_log(float(BASE[name]))
     optima = {}
     for rung in RUNGS:
         rows = points(done, rung, name, score)
-        if rows:
-            optima[rung] = fit_optimum(rows, noise)
-    return optima, fit_law(optima)
+        if not rows:
+            continue
+        optima[rung] = fit_optimum(rows, noise)
+        if optima[rung].doubt and isinstance(common, dict) and rung in common:
+            log, sd = common[rung]
+            optima[rung] = optima[rung]._replace(common=(base + log, sd))
+    return optima, fit_law(samples, name, noise)
 
 
 def official_line(name: str, law: Law | str) -> str:
@@ -750,6 +849,7 @@ def fit_report(done: Mapping[str, Record], score: str, noise: float) -> str:
             cells.append(optima[rung].told(SCALES[name]) if rung in optima else "")
         if any(cells):
             lines.append(f"| {rung}: {size} | {' | '.join(cells)} |")
+    lines += ["", "*: by the curvature that all rungs have in common."]
     for name, (_, law) in fits.items():
         lines += ["", official_line(name, law)]
     return "\n".join(lines)
@@ -818,18 +918,20 @@ def draw_optima(
     other = "steps" if along == "batch" else "batch"
     unit = {"steps": "steps", "batch": "tokens a step"}
     every = sorted({getattr(size, other) for size in RUNGS.values()})
-    colours: dict[int, str] = {}  # of the sizes that have an optimum
+    colours: dict[int, str] = {}  # of the sizes that have an optimum; hollow: common curvature
     for rung, optimum in optima.items():
-        if optimum.doubt:
+        if optimum.known is None:
             continue
+        log, sd = optimum.known
         fixed = getattr(RUNGS[rung], other)
         label = "" if fixed in colours else f"{fixed:,} {unit[other]}"
         colours[fixed] = f"C{every.index(fixed)}"
-        best = math.exp(optimum.log)
-        spread = math.exp(optimum.sd)
+        best = math.exp(log)
+        spread = math.exp(sd)
         bars = [[best - best / spread], [best * spread - best]]
         place = getattr(RUNGS[rung], along)
-        axis.errorbar(place, best, bars, fmt="o", color=colours[fixed], label=label)
+        fill = "none" if optimum.doubt else "full"
+        axis.errorbar(place, best, bars, fmt="o", fillstyle=fill, color=colours[fixed], label=label)
     if isinstance(law, Law):
         draw_law(axis, along, law, colours | {getattr(OFFICIAL, other): "black"})
     else:
@@ -858,7 +960,7 @@ def draw(done: Mapping[str, Record], score: str, noise: float, picture: Path) ->
         draw_effects(axes[0, column], done, name, score, noise)
         draw_optima(axes[1, column], name, "batch", optima, law)
         draw_optima(axes[2, column], name, "steps", optima, law)
-    title = "bars: one standard deviation; dashed: optimum not determined; grey: the base"
+    title = "bars: one standard deviation; hollow: by the common curvature; grey: the base"
     figure.suptitle(f"{len(done)} rows; {title}", fontsize=9)
     figure.savefig(picture, dpi=100)
     pyplot.close(figure)
