@@ -226,6 +226,9 @@ class Hyperparameters:
 
     # Export, evaluation and log
     artifact_bytes: int = scoring(16_000_000)  # code plus packed weights stay below
+    swa_share: float = scoring(
+        0.3, 0, 1
+    )  # of the average in what is packed; the rest: last iterate
     # Quantisation step of the first and last layer, relative to the other layers.
     int8_step_ratio: float = scoring(0.7)
     # The same of the tied table; 0: each row gets the step that its own maximum needs.
@@ -2109,6 +2112,10 @@ class LateQAT:
                 self.sharded.add(name)
             self.grids[name] = grid.tensors(runtime.device)
 
+    def step_or_zero(self) -> float:
+        """The grid step, 0 while it is off."""
+        return float(self.grid_step) if self.on else 0.0
+
     def rounded(self, masters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """`masters`, on the grid where they have one."""
         weights = dict(masters)
@@ -2412,6 +2419,59 @@ def unpack(artifact: bytes, source: str = "artifact") -> tuple[dict[str, Any], d
     return header["architecture"], state
 
 
+def pack_stages(
+    stages: Mapping[str, Mapping[str, Tensor]],
+    h: Hyperparameters,
+    grid_step: float,
+    budget: int,
+    log: Callable[[str], None],
+) -> bytes:
+    """The artifact of a run, under `budget` bytes, from its last iterate and its average.
+
+    Late QAT has trained the last iterate as it is on the grid of `grid_step`, so rounding it there
+    costs nothing; 2 % beside that grid step the gain is gone.  Some way from there to the average
+    few codes change, for the better; the average itself lost 0.004 bpb (docs/ABLATIONS.md, "The
+    blend").  What does not fit, or has seen no late QAT (0), ships the average on a coarser grid.
+    """
+    averaged = stages["averaged"]
+    if grid_step:
+        state = blend(stages, h.swa_share)
+        check_packable(state, h)
+        artifact, _ = pack_trial(state, h, grid_step, budget, log)
+        if len(artifact) < budget:
+            return artifact
+        log("note: the grid of late QAT does not fit; the average is packed on a coarser one")
+    return pack_to_budget(averaged, h, budget, log)
+
+
+def blend(stages: Mapping[str, Mapping[str, Tensor]], share: float) -> dict[str, Tensor]:
+    """The last iterate, moved by this share of the way to the average."""
+    averaged = stages["averaged"]
+    return {name: torch.lerp(w, averaged[name], share) for name, w in stages["trained"].items()}
+
+
+def coded_bytes(state: Mapping[str, Tensor], h: Hyperparameters, grid_step: float) -> float:
+    """Entropy of all codes."""
+    return sum(entropy_bits(codes) for _, codes, _ in rounded(state, h, grid_step)) / 8
+
+
+def pack_trial(
+    state: Mapping[str, Tensor],
+    h: Hyperparameters,
+    grid_step: float,
+    budget: int,
+    log: Callable[[str], None],
+) -> tuple[bytes, float]:
+    """The artifact on one grid, logged, and the entropy of its codes in bytes."""
+    entropy = coded_bytes(state, h, grid_step)
+    artifact = pack(state, h, grid_step)
+    log(
+        f"pack grid_step:{grid_step:.6g} entropy_bytes:{entropy:.0f} "
+        f"packed_bytes:{len(artifact)} budget:{budget}"
+    )
+    return artifact, entropy
+
+
 def pack_to_budget(
     state: Mapping[str, Tensor], h: Hyperparameters, budget: int, log: Callable[[str], None]
 ) -> bytes:
@@ -2422,22 +2482,13 @@ def pack_to_budget(
     or nothing fits.
     """
     check_packable(state, h)
-
-    def coded_bytes(grid_step: float) -> float:
-        return sum(entropy_bits(codes) for _, codes, _ in rounded(state, h, grid_step)) / 8
-
     best = b""
     overhead = (1 - 1 / ZSTD_OVERHEAD) * budget  # bytes over the entropy of the codes
     margin = 0.0005  # share of the budget that is left free
     for _ in range(12):
         target = budget * (1 - margin) - overhead
-        grid_step = fit_grid_step(coded_bytes, target)
-        entropy = coded_bytes(grid_step)
-        blob = pack(state, h, grid_step)
-        log(
-            f"pack grid_step:{grid_step:.6g} entropy_bytes:{entropy:.0f} packed_bytes:{len(blob)} "
-            f"budget:{budget}"
-        )
+        grid_step = fit_grid_step(lambda step: coded_bytes(state, h, step), target)
+        blob, entropy = pack_trial(state, h, grid_step, budget, log)
         fits = len(blob) < budget
         if fits and len(blob) > len(best):
             best = blob
@@ -2973,6 +3024,7 @@ class TrainingFacts:
     qat_steps: int
     step_avg_ms: float
     swa_steps: int
+    grid_step: float  # late QAT's; 0: it was never on
     train_shards: int
     train_tokens: int
     train_digest: str  # of the training split
@@ -3072,6 +3124,7 @@ def training_facts(
         qat_steps=trainer.qat_steps,
         step_avg_ms=round(clock.total * 1e3 / step, 3),
         swa_steps=trainer.average.count,
+        grid_step=trainer.optimizer.late_qat.step_or_zero(),
         train_shards=len(plan.shards),
         train_tokens=sum(map(len, plan.shards)),
         train_digest=plan.digest,
@@ -3198,12 +3251,13 @@ def run(h: Hyperparameters, runtime: Runtime, checkpoint: Checkpoint | None = No
         scores: dict[str, Score] = {}
         facts = None
         if not h.eval_only:
-            stages, facts = checkpoint or train_and_save(session)
+            checkpoint = checkpoint or train_and_save(session)
+            facts = checkpoint.facts
             with resumable(session):
-                for stage, state in stages.items():
+                for stage, state in checkpoint.stages.items():
                     model = load_model(h, runtime, state, session.kernels)
                     scores[stage] = score(session, model, f"stage:{stage}")
-                pack_stage(session, stages["averaged"])
+                pack_checkpoint(session, checkpoint)
         with resumable(session):
             bytes_model = score_from_disk(session, scores)
             result = RunResult(scores, facts, SOURCE.stat().st_size, bytes_model)
@@ -3367,13 +3421,14 @@ def score(session: Session, model: GPT, label: str, stride: int = 0) -> Score:
     return result
 
 
-def pack_stage(session: Session, state: Mapping[str, Tensor]) -> None:
+def pack_checkpoint(session: Session, checkpoint: Checkpoint) -> None:
     """Rank 0 writes the artifact."""
     if session.runtime.rank:
         return
     began = time.perf_counter()
     budget = session.h.artifact_bytes - SOURCE.stat().st_size
-    artifact = pack_to_budget(state, session.h, budget, session.log)
+    grid_step = checkpoint.facts.grid_step
+    artifact = pack_stages(checkpoint.stages, session.h, grid_step, budget, session.log)
     write_atomic(session.files.artifact, artifact)
     session.log(f"pack_time:{time.perf_counter() - began:.1f}s")
 

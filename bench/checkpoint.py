@@ -14,8 +14,8 @@ import train_gpt as tg
 from prepare_data import with_sample
 
 
-def load(path: str | Path, env: Mapping[str, str]) -> tuple[tg.Hyperparameters, tg.Stages]:
-    """Settings and, by stage, float32 weights on the CPU.
+def load(path: str | Path, env: Mapping[str, str]) -> tuple[tg.Hyperparameters, tg.Checkpoint]:
+    """Settings and the checkpoint, with float32 weights on the CPU.
 
     The settings are those of the training; `env` overrides what comes after it.  Raises RunError if
     the file is no checkpoint or if `env` contradicts it.
@@ -27,4 +27,4 @@ def load(path: str | Path, env: Mapping[str, str]) -> tuple[tg.Hyperparameters, 
         stage: {name: w.float() for name, w in state.items()}
         for stage, state in checkpoint.stages.items()
     }
-    return with_sample(h), stages
+    return with_sample(h), checkpoint._replace(stages=stages)

@@ -6,7 +6,8 @@
 
 Bits and entropy are per weight of the group; entropy is of order 0 with each matrix's own
 frequencies; overhead is zstd's bytes (codes alone) over it; the relative error is the squared error
-over the squared weights, and needs the checkpoint.  Budgets count code and weights, in 10^6 bytes.
+over the squared weights of the float average, and needs the checkpoint.  Budgets count code and
+weights, in 10^6 bytes.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def relative_error(w: Tensor, trained: Tensor) -> float:
 
 
 def table(artifact: bytes, trained: Mapping[str, Tensor] | None = None) -> str:
-    """Rows by tensor group; `trained` are the float weights that were packed, on the CPU."""
+    """Rows by tensor group; `trained` is the float average, on the CPU."""
     header, frames = tg.read_frames(artifact, "artifact")
     _, state = tg.unpack(artifact)
     lines = [HEAD]
@@ -98,21 +99,24 @@ def scorer(h: tg.Hyperparameters, runtime: tg.Runtime) -> Callable[[Mapping[str,
 
 def pack(path: str, budgets: list[float]) -> None:
     """A checkpoint at each budget, in 10^6 bytes."""
-    h, stages = checkpoint.load(path, os.environ)
+    h, (stages, facts) = checkpoint.load(path, os.environ)
     runtime = tg.Runtime.start(h, {})
-    trained = stages["averaged"]
-    on_device = {name: w.to(runtime.device) for name, w in trained.items()}
+    averaged = stages["averaged"]
+    on_device = {
+        stage: {name: w.to(runtime.device) for name, w in state.items()}
+        for stage, state in stages.items()
+    }
     score = scorer(h, runtime)
-    bpb = score(trained)
+    bpb = score(averaged)
     if bpb:
-        print(f"float weights:{bpb}")
+        print(f"float average:{bpb}")
 
     code = tg.SOURCE.stat().st_size
     for megabytes in budgets:
         budget = int(megabytes * 1e6) - code
 
         def packed(budget: int = budget) -> bytes:
-            return tg.pack_to_budget(on_device, h, budget, lambda line: None)
+            return tg.pack_stages(on_device, h, facts.grid_step, budget, lambda line: None)
 
         artifact, seconds = timing.seconds(packed)
         _, state = tg.unpack(artifact)
@@ -122,7 +126,7 @@ def pack(path: str, budgets: list[float]) -> None:
             f"\nbudget {megabytes} MB: bytes_total {total:,} ({fits}), "
             f"{seconds:.1f} s{score(state)}"
         )
-        print(table(artifact, trained))
+        print(table(artifact, averaged))
 
 
 def main(path: str, budgets: list[float]) -> None:

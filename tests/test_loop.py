@@ -294,7 +294,7 @@ def test_a_step_decays_by_its_share_of_the_run() -> None:
 def test_the_facts_of_a_training_are_told_without_an_empty_fault() -> None:
     facts = train_gpt.TrainingFacts(
         step_stop=12, wallclock_seconds=1.5, seed=7, qat_steps=2, step_avg_ms=125.0, swa_steps=3,
-        train_shards=1, train_tokens=1000, train_digest="7a1e", code_sha256="c0de",
+        grid_step=0.01, train_shards=1, train_tokens=1000, train_digest="7a1e", code_sha256="c0de",
         final_train_loss=2.5, interrupted=False, graphs_compiled_on_clock=0, fault="",
     )  # fmt: skip
     assert str(facts).startswith("step_stop:12 wallclock_seconds:1.5 seed:7 ")

@@ -380,3 +380,76 @@ def test_the_entropy_in_the_log_is_that_of_the_codes() -> None:
             counts = codes.flatten().unique(return_counts=True)[1].double()
             bits -= float((counts * torch.log2(counts / counts.sum())).sum())
     assert float(fields["entropy_bytes"]) == pytest.approx(bits / 8, rel=1e-3)
+
+
+# The last iterate and its average on late QAT's grid
+
+STAGES = {"trained": state(1), "averaged": state(2)}
+
+
+def packed_stages(grid_step: float, budget: int, share: float = 0.3) -> tuple[bytes, list[str]]:
+    lines: list[str] = []
+    h = support.tiny(swa_share=share)
+    return train_gpt.pack_stages(STAGES, h, grid_step, budget, lines.append), lines
+
+
+@pytest.mark.parametrize("share, stage", [(0.0, "trained"), (1.0, "averaged")])
+def test_a_share_of_none_or_all_ships_one_stage(share: float, stage: str) -> None:
+    blob, lines = packed_stages(STEP, 10**6, share)
+    assert blob == pack(STAGES[stage], H, STEP)
+    assert len(lines) == 1 and f"grid_step:{STEP} " in lines[0]
+
+
+def test_a_share_between_ships_weights_between() -> None:
+    """On the very grid: no other grid step is looked for, whatever bytes are left."""
+    blob, _ = packed_stages(STEP, 10**6, 0.25)
+    middle = {
+        name: w + 0.25 * (STAGES["averaged"][name] - w) for name, w in STAGES["trained"].items()
+    }
+    _, read = unpack(blob)
+    _, expected = unpack(pack(middle, H, STEP))
+    for name, w in expected.items():
+        assert float((read[name] != w).float().mean()) < 1e-3, name  # but for ties
+
+
+def test_what_late_qat_has_rounded_is_shipped_bit_for_bit() -> None:
+    """Of its last iterate, as the model has run with it in training."""
+    late_qat = train_gpt.LateQAT(H, support.cpu_runtime())
+    late_qat.grid_step.fill_(STEP)
+    working = late_qat.rounded(STAGES["trained"])
+    late_qat.on = True
+    blob, _ = packed_stages(late_qat.step_or_zero(), 10**6, share=0.0)
+    _, read = unpack(blob)
+    for name in train_gpt.export_grids(H):
+        assert torch.equal(read[name], working[name]), name
+
+
+def test_a_grid_that_does_not_fit_gives_way_to_the_average_on_another() -> None:
+    whole, _ = packed_stages(STEP, 10**6)
+    budget = len(whole) - 1
+    blob, lines = packed_stages(STEP, budget)
+    assert blob == packed(STAGES["averaged"], budget) and len(blob) < budget
+    assert any("does not fit" in line for line in lines)
+    fitting, _ = packed_stages(STEP, len(whole) + 1)
+    assert fitting == whole
+
+
+def test_without_late_qat_the_average_fills_the_budget() -> None:
+    blob, lines = packed_stages(0.0, 20_000)
+    assert blob == packed(STAGES["averaged"], 20_000)
+    assert not any("does not fit" in line for line in lines)
+
+
+def test_a_last_iterate_that_is_not_finite_is_refused() -> None:
+    trained = {name: w.clone() for name, w in STAGES["trained"].items()}
+    trained["mlp_bank"][0, 0, 0] = math.nan
+    stages = STAGES | {"trained": trained}
+    message = support.refusal(train_gpt.pack_stages, stages, H, STEP, 10**6, print)
+    assert "mlp_bank is not finite" in message
+
+
+@given(share=st.floats(0, 1), budget=st.integers(9_000, 60_000))
+@settings(max_examples=15, deadline=None)
+def test_no_blend_is_over_its_budget(share: float, budget: int) -> None:
+    blob, _ = packed_stages(STEP, budget, share)
+    assert len(blob) < budget

@@ -28,7 +28,7 @@ import pack
 
 FACTS = train_gpt.TrainingFacts(
     step_stop=3, wallclock_seconds=1.0, seed=1, qat_steps=0, step_avg_ms=1.0, swa_steps=0,
-    train_shards=1, train_tokens=1, train_digest="7a1e", code_sha256="c0de",
+    grid_step=0.0, train_shards=1, train_tokens=1, train_digest="7a1e", code_sha256="c0de",
     final_train_loss=2.0, interrupted=False,
     graphs_compiled_on_clock=0, fault="",
 )  # fmt: skip
@@ -53,11 +53,11 @@ def column(table: str, head: str) -> dict[str, str]:
 
 
 def test_the_settings_are_those_of_the_training(saved: Path) -> None:
-    h, stages = checkpoint.load(saved, {"DATA_PATH": "none", "EVAL_STRIDE": "32"})
+    h, (stages, facts) = checkpoint.load(saved, {"DATA_PATH": "none", "EVAL_STRIDE": "32"})
     assert train_gpt.architecture_of(h) == train_gpt.architecture_of(tiny())
     assert h.seed == tiny().seed and h.data_path == "none" and h.eval_stride == 32
     assert "SEED=9" in refusal(checkpoint.load, saved, {"SEED": "9"})
-    assert stages.keys() == {"trained", "averaged"}
+    assert stages.keys() == {"trained", "averaged"} and facts == FACTS
     expected = tiny_weights(tiny())
     assert all(torch.equal(stages["averaged"][name], w) for name, w in expected.items())
 

@@ -29,6 +29,7 @@ def facts_of(seed: int, **changes: Any) -> train_gpt.TrainingFacts:
         qat_steps=600,
         step_avg_ms=150.0,
         swa_steps=800,
+        grid_step=0.01,
         train_shards=80,
         train_tokens=10**10,
         train_digest="7a1e",

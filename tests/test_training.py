@@ -427,6 +427,15 @@ def test_without_averaging_the_averages_are_the_trained_weights(tmp_path: Path) 
         assert torch.equal(run.stages["averaged"][name], weight)
 
 
+def test_the_facts_hold_the_grid_step_that_late_qat_trained_on(tmp_path: Path) -> None:
+    budget = train_gpt.SOURCE.stat().st_size + 20_000
+    h = tiny(iterations=8, warmdown_fraction=1.0, qat_threshold=0.6, artifact_bytes=budget)
+    run = Run(h, tmp_path)
+    (line,) = (line for line in run.lines if line.startswith("late_qat:on"))
+    assert line.endswith(f"grid_step:{run.facts.grid_step:.6g}") and run.facts.grid_step > 1e-3
+    assert Run(tiny(iterations=3, qat_threshold=0.0), tmp_path).facts.grid_step == 0.0
+
+
 # A loss that is not finite
 
 
