@@ -151,6 +151,15 @@ BYTE_HASHES: NDArray[np.uint64] = np.frombuffer(  # by offset in the word, modul
 ODD = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9], dtype=np.uint64)
 
 
+# ---- Case marks: ASCII capitals become a mark and the small letter, so that words have no twins
+CASE_LETTER, CASE_WORD, CASE_ESCAPE = "\ue001", "\ue002", "\ue004"  # of no bytes in train_gpt.py
+# A run of capitals is a word unless a small letter follows, which belongs to the last of them.
+CAPITALS = re.compile("[A-Z](?:[A-Z]+(?![a-z]))?")
+CASE_ESCAPED = re.compile(f"[\ue001-\ue004{SPACE}]")  # U+E003 is a mark of other tokenizers
+CASE_MARKED = re.compile(f"[{CASE_LETTER}{CASE_WORD}{CASE_ESCAPE}](?:[a-z]+|[0-9a-f]{{3}})?")
+CASE_CODES = {f"{ord(c) & 0xFFF:03x}": c for c in f"\ue001\ue002\ue003\ue004{SPACE}"}
+
+
 class DataError(SystemExit):
     """A problem the caller can fix: uncaught, it prints its one line and exits with status 1."""
 
@@ -202,6 +211,52 @@ def digest(text: bytes | str) -> str:
 
 def utf8_len(text: str) -> int:
     return len(text.encode())
+
+
+def mark_capitals(match: re.Match[str]) -> str:
+    run = match[0]
+    return (CASE_WORD if len(run) > 1 else CASE_LETTER) + run.lower()
+
+
+def mark_case(text: str) -> str:
+    """Return `text` without ASCII capitals, from which restore_case() returns it; never raises.
+
+    CASE_LETTER stands for "the next letter is a capital", CASE_WORD for "the next letters are", as
+    many as follow. A mark stands before the space of its word: " The" becomes a mark and " the",
+    so one piece serves both. CASE_ESCAPE stands before a space that begins the text, and before
+    three hexadecimal digits, which spell a mark of the text or U+2581: these have three bytes as
+    well. So the UTF-8 bytes of `text` are those of the result without its marks.
+    """
+    if not text.isascii():
+        text = CASE_ESCAPED.sub(lambda match: f"{CASE_ESCAPE}{ord(match[0]) & 0xFFF:03x}", text)
+    marked = CAPITALS.sub(mark_capitals, text)
+    for mark in (CASE_LETTER, CASE_WORD):
+        marked = marked.replace(f" {mark}", f"{mark} ")
+    return CASE_ESCAPE + marked if marked.startswith(" ") else marked
+
+
+def restore_marked(match: re.Match[str]) -> str:
+    mark, rest = match[0][0], match[0][1:]
+    if mark == CASE_ESCAPE:
+        return CASE_CODES.get(rest[:3], "") + rest[3:]
+    return rest.upper() if mark == CASE_WORD else rest[:1].upper() + rest[1:]
+
+
+def restore_case(marked: str) -> str:
+    """Return the text of which `marked` is mark_case(); ValueError if there is none."""
+    text = marked.removeprefix(CASE_ESCAPE) if marked.startswith(f"{CASE_ESCAPE} ") else marked
+    for mark in (CASE_LETTER, CASE_WORD):
+        text = text.replace(f"{mark} ", f" {mark}")
+    text = CASE_MARKED.sub(restore_marked, text)
+    if mark_case(text) != marked:
+        raise ValueError(f"{marked[:40]!r}...: not the case-marked form of a text")
+    return text
+
+
+def has_case_marks(processor: Any) -> bool:
+    """Tell whether the marks are pieces of a tokenizer, as train_gpt.py does."""
+    marks = [CASE_LETTER, CASE_WORD, CASE_ESCAPE]
+    return bool(processor.id_to_piece(processor.piece_to_id(marks)) == marks)
 
 
 def write_shard(path: Path, tokens: NDArray[np.uint16]) -> None:
