@@ -8,7 +8,6 @@ import support  # noqa: F401
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-import prepare_data
 from prepare_data import mark_case, restore_case
 
 LETTER, WORD, ESCAPE = "\ue001", "\ue002", "\ue004"
