@@ -1048,6 +1048,12 @@ def train_tokenizer(
                     "change --vocab or the amount of text"
                 ) from error
         raise DataError(f"SentencePiece cannot train on this text: {error}") from error
+    trained = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    if has_case_marks(trained) and not case_marks:
+        raise DataError(
+            "the text holds U+E001, U+E002 and U+E004, which would be taken for case marks; add "
+            "--case-marks, which tells them apart"
+        )
     return model.getvalue()
 
 
