@@ -18,6 +18,9 @@ it appears by a rename, and a lock per root makes concurrent commands take turns
 bzip2 or zstd. A file is one document, or several between `<|endoftext|>` and its like or NUL bytes;
 JSON lines and a JSON array are a document an item. Near-identical documents stay on one side of the
 split. All text is held in memory: @@LIMIT@@
+
+With `--case-marks` the text is marked before it is encoded: mark_case() has the rules. Bytes stay
+those of the original text. `fineweb` then decodes the published shards and writes its own.
 """
 
 import sys
@@ -1435,6 +1438,8 @@ def build_case_marked(
 
     def make() -> Parts:
         stated = splits["val"]["bytes"]
+        if stated is None:
+            raise DataError(f"{dataset}: its text is case-marked already; leave --case-marks out")
         size = sum(map(utf8_len, documents("val")))
         if abs(size - stated) > stated / 1_000_000:
             raise DataError(
@@ -1480,7 +1485,10 @@ def build_fineweb(args: argparse.Namespace) -> tuple[Path, Path]:
         wanted = {"val": counts["val"], "train": args.shards}
         measured = download(dataset, tokenizer, wanted, stated(manifest), fetch)
         val = sorted(dataset.glob("fineweb_val_*.bin"))
-        sizes = {"train": None, "val": count_text(tokenizer, args.vocab, val)}
+        # A manifest's bytes prove those of a case-marked text, so none are stated by its pieces.
+        is_plain = not has_case_marks(sentencepiece.SentencePieceProcessor(str(tokenizer)))
+        size = count_text(tokenizer, args.vocab, val) if is_plain else None
+        sizes = {"train": None, "val": size}
         described = describe(dataset, tokenizer.read_bytes(), tokenizer.name, sizes, measured)
         write_manifest(dataset, {"source": repo, **described})
         shutil.rmtree(staging)

@@ -840,18 +840,18 @@ def load_byte_table(tokenizer_path: str, vocab_size: int) -> ByteTable:
     kinds = [decoder.is_control(ids), decoder.is_unknown(ids), decoder.is_unused(ids)]
     boundary = np.any(kinds, axis=0)
     spaced = np.array([piece.startswith(SPACE) for piece in pieces])
-    sizes = np.array([len(piece.removeprefix(SPACE).encode()) for piece in pieces])
     case_marked = {"\ue001", "\ue002", "\ue004"} <= set(pieces)
-    if case_marked:
-        sizes -= [case_mark_bytes(piece) for piece in pieces]
+    sizes = np.array([utf8_size(piece.removeprefix(SPACE), case_marked) for piece in pieces])
     sizes[decoder.is_byte(ids)] = 1
     sizes[boundary] = 0
     official = digest in OFFICIAL_TOKENIZERS
     return ByteTable(sizes, spaced & ~boundary, boundary, decoder, official, case_marked)
 
 
-def case_mark_bytes(text: str) -> int:
-    return 3 * sum(map(text.count, CASE_MARKS))
+def utf8_size(text: str, case_marked: bool) -> int:
+    """UTF-8 bytes of `text`, of which case marks, 3 bytes each, stand for none."""
+    marks = sum(map(text.count, CASE_MARKS)) if case_marked else 0
+    return len(text.encode()) - 3 * marks
 
 
 def occurrences(tokens: np.ndarray, pattern: list[int]) -> int:
@@ -886,8 +886,7 @@ def decoded_bytes(tokens: np.ndarray, table: ByteTable) -> tuple[int, int]:
     for start in range(0, len(documents), 512):
         batch = [document.tolist() for document in documents[start : start + 512]]
         for text in decoder.decode(batch):
-            size += len(text.encode()) - 2 * text.count(SPACE)
-            size -= case_mark_bytes(text) if table.case_marked else 0
+            size += utf8_size(text, table.case_marked) - 2 * text.count(SPACE)
             replaced += text.count(REPLACEMENT)
             if dummy.endswith(SPACE) and text.endswith((" ", SPACE)):
                 size -= 1
@@ -903,8 +902,9 @@ def decoded_bytes(tokens: np.ndarray, table: ByteTable) -> tuple[int, int]:
                 replaced -= times * decoder.decode([token]).count(REPLACEMENT)
 
     first = int(tokens[0])  # no target
-    first_size = 1 if decoder.is_byte(first) else len(decoder.decode([first]).encode())
-    first_size -= case_mark_bytes(decoder.decode([first])) if table.case_marked else 0
+    first_size = utf8_size(decoder.decode([first]), table.case_marked)
+    if decoder.is_byte(first):
+        first_size = 1
     return size - 2 * replaced - first_size, replaced
 
 

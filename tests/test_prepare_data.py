@@ -827,3 +827,20 @@ def test_published_shards_must_begin_with_a_document(hub: SimpleNamespace) -> No
     prepare_data.write_shard(shard, read_shard(shard)[1:])
     message = failure(*fineweb_arguments(hub, "--shards", 1, "--case-marks"))
     assert "fineweb_train_000000.bin: expected documents that begin with BOS" in message
+
+
+def test_published_case_marked_shards_state_no_bytes(hub: SimpleNamespace) -> None:
+    """Counted by pieces they would prove nothing; and they are not marked twice."""
+    model = prepare_data.train_tokenizer(DOCUMENTS, 400, 10_000, case_marks=True)
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    (hub.export.parents[1] / "tokenizers/fineweb_400_bpe.model").write_bytes(model)
+    for path in hub.export.iterdir():
+        split = path.name.split("_")[1]
+        path.unlink()
+        prepare_data.write_split(hub.export, split, DOCUMENTS, processor)
+    shutil.copy(hub.export / "fineweb_train_000000.bin", hub.export / "fineweb_train_000001.bin")
+    arguments = fineweb_arguments(hub, "--shards", 1)
+    prepare_data.main(arguments)
+    splits = read_manifest(hub.root / "datasets/fineweb10B_sp400")["splits"]
+    assert splits["val"]["documents"] == 60 and splits["val"]["bytes"] is None
+    assert "case-marked already" in failure(*arguments, "--case-marks")
