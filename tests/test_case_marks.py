@@ -442,6 +442,26 @@ def test_bytes_beside_the_shards_are_read_and_the_smaller_divides(
     assert f"_bytes_*.bin state {counted + more:,} bytes" in note and f"count {counted:,}" in note
 
 
+def test_bytes_of_a_long_split_are_summed_but_for_its_first(marked: Shards, tmp_path: Path) -> None:
+    """More bytes than a number of 16 bits holds; the first token is no target."""
+    shards = marked.copy(tmp_path / "long")
+    tokens = np.tile(shards.tokens("val"), 30)
+    support.write_shard(shards.data / "fineweb_val_000000.bin", tokens)
+    sizes = np.tile(bytes_of_tokens(marked), 30)
+    sizes[0] = 3
+    evaluator = published(shards, tmp_path / "shards", sizes).evaluator()
+    assert evaluator.text_bytes == 30 * marked.evaluator().text_bytes > 1 << 16
+    assert f"state {evaluator.text_bytes:,} bytes" in evaluator.notes[0]
+
+
+def test_bytes_beside_the_shards_do_not_change_the_proof(marked: Shards, tmp_path: Path) -> None:
+    shards = marked.copy(tmp_path / "shards")
+    support.write_shard(shards.data / "fineweb_val_bytes_000000.bin", bytes_of_tokens(marked))
+    evaluator = shards.evaluator()
+    assert evaluator.notes == marked.evaluator().notes
+    assert evaluator.targets == marked.evaluator().targets
+
+
 @pytest.mark.parametrize("fault", ["another text", "too short", "too long"])
 def test_bytes_of_other_shards_are_refused(marked: Shards, tmp_path: Path, fault: str) -> None:
     sizes = bytes_of_tokens(marked)
