@@ -840,7 +840,7 @@ def load_byte_table(tokenizer_path: str, vocab_size: int) -> ByteTable:
     kinds = [decoder.is_control(ids), decoder.is_unknown(ids), decoder.is_unused(ids)]
     boundary = np.any(kinds, axis=0)
     spaced = np.array([piece.startswith(SPACE) for piece in pieces])
-    case_marked = {"\ue001", "\ue002", "\ue004"} <= set(pieces)
+    case_marked = {"\ue001", "\ue002", "\ue004"} <= set(pieces)  # U+E003 only in others' ones
     sizes = np.array([utf8_size(piece.removeprefix(SPACE), case_marked) for piece in pieces])
     sizes[decoder.is_byte(ids)] = 1
     sizes[boundary] = 0
