@@ -86,6 +86,7 @@ SHARD_VERSION = 1
 SHARD_HEADER_BYTES = 256 * 4
 BOS_ID = 1  # starts every document
 SPACE = "\u2581"  # SentencePiece's mark of a leading space
+CASE_MARKS = "\ue001\ue002\ue003\ue004"  # for capitals and escapes, of no bytes in the text
 FINEWEB_VAL_BYTES = 151_080_363  # of the published split: pg#543's tokens * loss / ln 2 / bpb
 
 ARTIFACT_MAGIC = b"PGOLFGPT"
@@ -798,6 +799,7 @@ class ByteTable(NamedTuple):
 
     A piece counts without its leading mark, and the mark counts 1 unless the previous token is a
     boundary.  The rule is exact if pieces hold a space only in front and nothing is unknown.
+    Case marks, alone or within a piece, count 0: the text is the one before they were set.
     """
 
     base: np.ndarray  # int64, without the leading space; a byte-fallback token is 1
@@ -805,6 +807,7 @@ class ByteTable(NamedTuple):
     boundary: np.ndarray  # bool, control, unknown and unused tokens
     decoder: Any = None  # the SentencePieceProcessor; without it the rule cannot be checked
     official: bool = False  # one of the challenge's own tokenizers
+    case_marked: bool = False  # its pieces include the case marks
 
     def count(self, tokens: np.ndarray) -> int:
         """Bytes of tokens[1:], each given its predecessor."""
@@ -840,10 +843,18 @@ def load_byte_table(tokenizer_path: str, vocab_size: int) -> ByteTable:
     kinds = [decoder.is_control(ids), decoder.is_unknown(ids), decoder.is_unused(ids)]
     boundary = np.any(kinds, axis=0)
     spaced = np.array([piece.startswith(SPACE) for piece in pieces])
-    sizes = np.array([len(piece.removeprefix(SPACE).encode()) for piece in pieces])
+    case_marked = {"\ue001", "\ue002", "\ue004"} <= set(pieces)  # U+E003 only in others' ones
+    sizes = np.array([utf8_size(piece.removeprefix(SPACE), case_marked) for piece in pieces])
     sizes[decoder.is_byte(ids)] = 1
     sizes[boundary] = 0
-    return ByteTable(sizes, spaced & ~boundary, boundary, decoder, digest in OFFICIAL_TOKENIZERS)
+    official = digest in OFFICIAL_TOKENIZERS
+    return ByteTable(sizes, spaced & ~boundary, boundary, decoder, official, case_marked)
+
+
+def utf8_size(text: str, case_marked: bool) -> int:
+    """UTF-8 bytes of `text`, of which case marks, 3 bytes each, stand for none."""
+    marks = sum(map(text.count, CASE_MARKS)) if case_marked else 0
+    return len(text.encode()) - 3 * marks
 
 
 def occurrences(tokens: np.ndarray, pattern: list[int]) -> int:
@@ -878,7 +889,7 @@ def decoded_bytes(tokens: np.ndarray, table: ByteTable) -> tuple[int, int]:
     for start in range(0, len(documents), 512):
         batch = [document.tolist() for document in documents[start : start + 512]]
         for text in decoder.decode(batch):
-            size += len(text.encode()) - 2 * text.count(SPACE)
+            size += utf8_size(text, table.case_marked) - 2 * text.count(SPACE)
             replaced += text.count(REPLACEMENT)
             if dummy.endswith(SPACE) and text.endswith((" ", SPACE)):
                 size -= 1
@@ -894,7 +905,9 @@ def decoded_bytes(tokens: np.ndarray, table: ByteTable) -> tuple[int, int]:
                 replaced -= times * decoder.decode([token]).count(REPLACEMENT)
 
     first = int(tokens[0])  # no target
-    first_size = 1 if decoder.is_byte(first) else len(decoder.decode([first]).encode())
+    first_size = utf8_size(decoder.decode([first]), table.case_marked)
+    if decoder.is_byte(first):
+        first_size = 1
     return size - 2 * replaced - first_size, replaced
 
 
@@ -944,6 +957,47 @@ def text_bytes(tokens: np.ndarray, table: ByteTable) -> tuple[int, str | None]:
         )
     used_bytes = by_rule if table.official else decoded
     return used_bytes, "; ".join(notes) or None
+
+
+def original_bytes(h: Hyperparameters, tokens: np.ndarray, counted: int) -> tuple[int, str]:
+    """UTF-8 bytes of the original text of a case-marked split, and a line for the log: the proof.
+
+    The `counted` bytes of the pieces are right if prepare_data.py asserted them against the text,
+    which the manifest of these very shards states.  Other programs put bytes per token beside the
+    shards, some of a text before a normaliser: the smaller number divides.
+    RunError if what is stated is of other shards or of another text.
+    """
+    folder = Path(h.data_path)
+    shards = sorted(path for path in folder.glob("fineweb_val_*.bin") if is_shard(path.name))
+    with contextlib.suppress(LookupError, TypeError, ValueError):
+        split = read_manifest(h.data_path)["splits"]["val"]
+        stated = int(split["bytes"])
+        digests = [shard["sha256"] for shard in split["shards"]]
+        found = [hashlib.sha256(path.read_bytes()).hexdigest() for path in shards]
+        require(
+            (found, counted) == (digests, stated),
+            f"{folder}/manifest.json states {stated:,} bytes of text for other shards than these, "
+            f"of {counted:,} bytes by the tokenizer's pieces; build the case-marked shards again",
+        )
+        return counted, f"manifest.json proves val_bytes {counted:,} for these shards"
+
+    beside = sorted(folder.glob("fineweb_val_bytes_*.bin"))
+    if not beside:
+        return counted, (
+            f"neither manifest.json nor fineweb_val_bytes_*.bin proves val_bytes {counted:,}, "
+            "which are by the tokenizer's pieces alone"
+        )
+    sizes = np.concatenate([read_shard(path) for path in beside])
+    stated = int(sizes[1:].sum(dtype=np.int64))
+    require(
+        len(sizes) == len(tokens) and abs(stated - counted) < counted / 1000,
+        f"{beside[0]}: states {stated:,} bytes for {len(sizes):,} tokens, expected {len(tokens):,} "
+        f"of {counted:,} bytes by the tokenizer's pieces; fetch shards and bytes again",
+    )
+    return min(stated, counted), (
+        f"fineweb_val_bytes_*.bin state {stated:,} bytes of text, the tokenizer's pieces count "
+        f"{counted:,}; val_bpb is by the smaller number"
+    )
 
 
 def foreign_tokenizer(tokens: np.ndarray, table: ByteTable) -> str | None:
@@ -2577,6 +2631,9 @@ class Evaluator:
         table = load_byte_table(h.tokenizer_path, h.vocab_size)
         check_tokenizer(h)
         evaluator = cls(h, runtime, tokens, table)
+        if table.case_marked:
+            evaluator.text_bytes, proof = original_bytes(h, tokens, evaluator.text_bytes)
+            evaluator.notes.append(f"the tokenizer is case-marked; {proof}")
         require(evaluator.text_bytes, f"{h.data_path}/fineweb_val_*.bin: no text; build it again")
         return evaluator
 
@@ -3305,7 +3362,7 @@ def open_session(h: Hyperparameters, runtime: Runtime, files: RunFiles) -> Sessi
         f"world_size:{runtime.world_size} seed:{h.seed}"
     )
     for name in no_shards(h.data_path):
-        log(f"note: {h.data_path}/{name} is not read: its name is not that of a shard")
+        log(f"note: {h.data_path}/{name} is not read as tokens: its name is not that of a shard")
     for note in evaluator.notes:
         log(f"note: {note}")
     kernels = choose_kernels(h, runtime, log)

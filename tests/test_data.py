@@ -196,7 +196,7 @@ def test_the_log_names_look_alikes_and_the_score_is_without_them(tmp_path: Path)
     log = (tmp_path / "more/train.log").read_text().splitlines()
     notes = [line for line in log if line.endswith("its name is not that of a shard")]
     start = f"note: {tmp_path}/shards/"
-    assert [line.removeprefix(start).split(" is not read:")[0] for line in notes] == names
+    assert [line.removeprefix(start).split(" is not read as tokens:")[0] for line in notes] == names
     assert "not that of a shard" not in "".join(clean_notes(tmp_path / "clean/train.log"))
 
 

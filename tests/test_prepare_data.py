@@ -267,8 +267,10 @@ def check_manifest(dataset: Path, tokenizer: Path) -> dict[str, Any]:
     manifest = read_manifest(dataset)
     processor = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
     assert manifest["version"] == 2
+    pieces = processor.id_to_piece(list(range(processor.vocab_size())))
     assert manifest["tokenizer"] == {
-        "file": tokenizer.name, "sha256": sha256(tokenizer), "vocab_size": processor.vocab_size()
+        "file": tokenizer.name, "sha256": sha256(tokenizer), "vocab_size": len(pieces),
+        **({"case_marks": True} if "\ue001" in pieces else {}),
     }  # fmt: skip
     assert set(manifest["splits"]) == {"train", "val"}
     for split, entry in manifest["splits"].items():
@@ -757,3 +759,88 @@ def test_vocab_without_a_known_export_asks_for_a_repo(
 ) -> None:
     monkeypatch.delenv(prepare_data.REPO_ENV, raising=False)
     assert "name a --repo" in failure("fineweb", "--root", tmp_path, "--vocab", 777)
+
+
+def recut(hub: SimpleNamespace) -> list[str]:
+    """Cut the published training tokens within documents, as the real ones are; the documents."""
+    paths = [hub.export / f"fineweb_train_{number:06d}.bin" for number in range(3)]
+    tokens = np.concatenate([read_shard(path) for path in paths])
+    starts = np.flatnonzero(tokens == 1)
+    cuts = [int(starts[20]) + 5, int(starts[50]) + 1]
+    for path, part in zip(paths, np.split(tokens, cuts), strict=True):
+        prepare_data.write_shard(path, part)
+    tokenizer = hub.export.parents[1] / "tokenizers/fineweb_400_bpe.model"
+    return read_texts(hub.export, "train", tokenizer)
+
+
+def case_marked(hub: SimpleNamespace, *more: object) -> dict[str, list[str]]:
+    """The documents of the case-marked shards by split, their case restored."""
+    prepare_data.main(fineweb_arguments(hub, "--case-marks", *more))
+    dataset = hub.root / "datasets/fineweb_case_sp400"
+    tokenizer = hub.root / "tokenizers/fineweb_case_400_bpe.model"
+    assert check_manifest(dataset, tokenizer)["tokenizer"]["case_marks"] is True
+    texts = {split: read_texts(dataset, split, tokenizer) for split in ("train", "val")}
+    assert "d" in "".join(texts["val"]) and "D" not in "".join(texts["val"])
+    return {split: list(map(prepare_data.restore_case, texts[split])) for split in texts}
+
+
+def test_fineweb_with_case_marks_keeps_documents_and_order(hub: SimpleNamespace) -> None:
+    documents = recut(hub)
+    marked = case_marked(hub, "--shards", 3)
+    assert marked["train"] == documents
+    plain = hub.root / "datasets/fineweb10B_sp400"
+    tokenizer = hub.root / "tokenizers/fineweb_400_bpe.model"
+    assert marked["val"] == read_texts(plain, "val", tokenizer)
+    stated = [
+        read_manifest(dataset)["splits"]["val"]["bytes"]
+        for dataset in (plain, plain.with_name("fineweb_case_sp400"))
+    ]
+    assert stated == [sum(len(text.encode()) for text in marked["val"])] * 2
+
+
+def test_a_document_that_goes_on_elsewhere_is_left_out(hub: SimpleNamespace) -> None:
+    documents = recut(hub)
+    assert case_marked(hub, "--shards", 2)["train"] == documents[:50]
+    message = failure(*fineweb_arguments(hub, "--case-marks", "--shards", 1))
+    assert "made from other inputs" in message
+
+
+def test_fineweb_takes_a_given_case_marked_tokenizer(hub: SimpleNamespace, tmp_path: Path) -> None:
+    given = tmp_path / "given.model"
+    given.write_bytes(prepare_data.train_tokenizer(DOCUMENTS, 400, 10_000, case_marks=True))
+    case_marked(hub, "--shards", 1, "--tokenizer", given)
+    assert (hub.root / "tokenizers/fineweb_case_400_bpe.model").read_bytes() == given.read_bytes()
+    message = failure(*fineweb_arguments(hub, "--shards", 1, "--tokenizer", given))
+    assert "add --case-marks" in message
+
+
+def test_published_tokens_that_lack_characters_are_refused(hub: SimpleNamespace) -> None:
+    shard = hub.export / "fineweb_val_000000.bin"
+    prepare_data.write_shard(shard, np.append(read_shard(shard), np.uint16(3)))
+    message = failure(*fineweb_arguments(hub, "--shards", 1, "--case-marks"))
+    assert "the challenge counts" in message and "choose --vocab 8192" in message
+    assert not (hub.root / "datasets/fineweb_case_sp400").exists()
+
+
+def test_published_shards_must_begin_with_a_document(hub: SimpleNamespace) -> None:
+    shard = hub.export / "fineweb_train_000000.bin"
+    prepare_data.write_shard(shard, read_shard(shard)[1:])
+    message = failure(*fineweb_arguments(hub, "--shards", 1, "--case-marks"))
+    assert "fineweb_train_000000.bin: expected documents that begin with BOS" in message
+
+
+def test_published_case_marked_shards_state_no_bytes(hub: SimpleNamespace) -> None:
+    """Counted by pieces they would prove nothing; and they are not marked twice."""
+    model = prepare_data.train_tokenizer(DOCUMENTS, 400, 10_000, case_marks=True)
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    (hub.export.parents[1] / "tokenizers/fineweb_400_bpe.model").write_bytes(model)
+    for path in hub.export.iterdir():
+        split = path.name.split("_")[1]
+        path.unlink()
+        prepare_data.write_split(hub.export, split, DOCUMENTS, processor)
+    shutil.copy(hub.export / "fineweb_train_000000.bin", hub.export / "fineweb_train_000001.bin")
+    arguments = fineweb_arguments(hub, "--shards", 1)
+    prepare_data.main(arguments)
+    splits = read_manifest(hub.root / "datasets/fineweb10B_sp400")["splits"]
+    assert splits["val"]["documents"] == 60 and splits["val"]["bytes"] is None
+    assert "case-marked already" in failure(*arguments, "--case-marks")
