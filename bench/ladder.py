@@ -944,7 +944,7 @@ def draw_optima(
     mark_sizes(axis, "y", np.geomspace(max(low, base / 30), high, 6))
     axis.set(xlabel=unit[along], ylabel=f"best {SCALES[name].label}")
     if axis.get_legend_handles_labels()[0]:
-        axis.legend(fontsize=6)
+        axis.legend(fontsize=6, loc="upper left")
 
 
 def draw(done: Mapping[str, Record], score: str, noise: float, picture: Path) -> None:
