@@ -248,7 +248,7 @@ BOUNDS = {  # lowest and highest value of every number that is not just 0 or mor
     "rope_base": (1e-12, UP), "logit_softcap": (1e-12, UP), "adam_eps": (1e-12, UP),
     "beta1": (0, 1 - 1e-9), "beta2": (0, 1 - 1e-9), "muon_beta2": (0, 1 - 1e-9),
     "muon_momentum": (0, 1 - 1e-9), "muon_momentum_warmup_start": (0, 1 - 1e-9),
-    "warmdown_fraction": (1e-12, 1), "key_shift": (0, 1), "mlp_slope": (0, 1),
+    "warmdown_fraction": (1e-12, 1), "key_shift": (0, 1), "mlp_slope": (0, 1), "swa_share": (0, 1),
     "zstd_level": (1, 22), "seed": (0, 2**63 - 1),
 }  # fmt: skip
 NUMBERS = sorted(name for name, field in FIELDS.items() if field.type != "str")

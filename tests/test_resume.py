@@ -80,7 +80,7 @@ def test_weights_are_trained_by_every_setting_but_these() -> None:
     """A new setting belongs to training until somebody says otherwise."""
     assert set(AFTER) == {
         "run_id", "data_path", "tokenizer_path", "micro_batch_tokens", "warmup_steps",
-        "artifact_bytes", "int8_step_ratio", "tok_emb_step_ratio", "ve_emb_step_ratio",
+        "artifact_bytes", "swa_share", "int8_step_ratio", "tok_emb_step_ratio", "ve_emb_step_ratio",
         "zstd_level", "eval_stride", "val_batch_size", "val_loss_every", "train_log_every",
     }  # fmt: skip
     assert {"preset", "seed", "matrix_lr", "num_layers", "train_seq_len", "vocab_size",
@@ -121,7 +121,7 @@ def test_the_value_that_trained_may_be_repeated(name: str) -> None:
 @pytest.mark.parametrize("name", AFTER)
 def test_what_comes_after_training_may_be_set_anew(name: str) -> None:
     saved = saved_settings()
-    value = {"eval_stride": 128, "zstd_level": 3}.get(name, other_text(name))
+    value = {"eval_stride": 128, "zstd_level": 3, "swa_share": 1.0}.get(name, other_text(name))
     h = settings_of_weights(saved, {name.upper(): str(value), "RESUME_FROM": "a.pt"})
     assert str(getattr(h, name)) == str(value)
     others = {key: v for key, v in dataclasses.asdict(h).items() if key != name}
