@@ -121,6 +121,17 @@ def weight_of_ema(mean: tg.RunningMean) -> float:
     return max(1 / mean.count, 0.0035)
 
 
+muon_momentum = tg.muon_momentum
+LOWEST_MOMENTUM = 0.90
+
+
+def falling_momentum(h: tg.Hyperparameters, steps_done: Tensor) -> Tensor:
+    """Falls to LOWEST_MOMENTUM with the lr; of runs that end by ITERATIONS."""
+    left = 1 - steps_done / h.iterations
+    share = (left / h.warmdown_fraction).clamp(max=1)
+    return LOWEST_MOMENTUM + (muon_momentum(h, steps_done) - LOWEST_MOMENTUM) * share
+
+
 class Replacement(NamedTuple):
     """What a technique is left out by: another value of an attribute."""
 
@@ -143,6 +154,7 @@ TECHNIQUES = {
     "gptq_lite": Replacement(tg, "CLIP_RATIOS", (1.0,)),
     "int8_layers": Replacement(tg, "parameter_table", table_of_int6_layers),
     "shuffling": Replacement(tg.BatchPlan, "epoch", epoch_in_order),
+    "steady_momentum": Replacement(tg, "muon_momentum", falling_momentum),
     "plain_mean": Replacement(tg.RunningMean, "weight_of_newest", weight_of_ema),
 }
 

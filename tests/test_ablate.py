@@ -118,6 +118,7 @@ def effects() -> dict[str, Any]:
         "masters": optimizer.masters()["qo_bank"].clone(),
         "scales": tg.row_scales(w, torch.tensor(1e-6), torch.tensor(31.0)),
         "grids": tg.export_grids(h),
+        "momentum": tg.muon_momentum(h, torch.tensor(0.9 * h.iterations)),
         "mean": mean.mean["w"],
         "batch": torch.from_numpy(plan.tokens(0, range(4))),
     }
@@ -136,6 +137,7 @@ TOUCHED = {  # technique -> the parts that change without it; all others stay
     "gptq_lite": {"scales"},
     "int8_layers": {"grids"},
     "shuffling": {"batch"},
+    "steady_momentum": {"momentum"},
     "plain_mean": {"mean"},
 }
 
@@ -283,6 +285,13 @@ def test_without_the_plain_mean_old_weights_are_forgotten(without: Callable[[str
     for value in values[285:]:
         expected += 0.0035 * (value - expected)
     assert float(mean.mean["w"]) == pytest.approx(expected, abs=1e-5)
+
+
+def test_without_steady_momentum_it_falls_with_the_lr(without: Callable[[str], None]) -> None:
+    without("steady_momentum")
+    h = tiny(muon_momentum=0.97, muon_momentum_warmup_steps=20, iterations=1000)
+    found = [float(tg.muon_momentum(h, torch.tensor(float(done)))) for done in (20, 150, 575, 1000)]
+    assert found == pytest.approx([0.97, 0.97, 0.935, 0.90])
 
 
 def test_without_any_technique_a_step_is_still_one_graph(without: Callable[[str], None]) -> None:
