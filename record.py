@@ -26,6 +26,7 @@ import numpy as np
 
 Result = dict[str, Any]  # a result_seed<N>.json as train_gpt.py wrote it
 Log = Callable[[str], None]
+FLOAT_STAGES = ("trained", "averaged", "blended")  # scored before packing
 CAPS = {"train_seconds": 600, "eval_seconds": 600, "artifact_bytes": 16_000_000}
 RECORD_NATS, RECORD_P, RECORD_SEEDS = 0.005, 0.01, 3
 
@@ -199,9 +200,7 @@ def text_of(results: list[Result], env: Mapping[str, str], log: Log) -> str:
         "pytorch_version": new["environment"]["torch"],
         "model_params": new["model_params"],
         **over,
-        **{
-            f"{s}_val_bpb": bits_per_byte(scores[s]) for s in ("trained", "averaged") if s in scores
-        },
+        **{f"{s}_val_bpb": bits_per_byte(scores[s]) for s in FLOAT_STAGES if s in scores},
         "eval_stride": h["eval_stride"],
         "val_tokens": scores["packed"]["tokens"],
         "bytes_total": new["bytes_code"] + new["bytes_model"],

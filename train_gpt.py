@@ -2723,7 +2723,7 @@ def dataset_label(h: Hyperparameters, text_bytes: int) -> str:
 
 
 # ---- 12. Training -------------------------------------------------------------------------------
-Stages = dict[str, dict[str, Tensor]]  # trained, averaged -> weights by name
+Stages = dict[str, dict[str, Tensor]]  # trained, averaged, blended -> weights by name
 
 
 class BatchLayout(NamedTuple):
@@ -3294,7 +3294,7 @@ class Session(NamedTuple):
 class RunResult(NamedTuple):
     """What a run came to."""
 
-    scores: dict[str, Score]  # trained, averaged, packed, sliding; those that there are
+    scores: dict[str, Score]  # trained, averaged, blended, packed, sliding; those that there are
     facts: TrainingFacts | None  # None: an artifact was scored
     bytes_code: int
     bytes_model: int
@@ -3311,7 +3311,7 @@ def run(h: Hyperparameters, runtime: Runtime, checkpoint: Checkpoint | None = No
             checkpoint = checkpoint or train_and_save(session)
             facts = checkpoint.facts
             with resumable(session):
-                for stage, state in checkpoint.stages.items():
+                for stage, state in scored_stages(h, checkpoint).items():
                     model = load_model(h, runtime, state, session.kernels)
                     scores[stage] = score(session, model, f"stage:{stage}")
                 pack_checkpoint(session, checkpoint)
@@ -3321,6 +3321,14 @@ def run(h: Hyperparameters, runtime: Runtime, checkpoint: Checkpoint | None = No
             if runtime.rank == 0:
                 report(session, result)
         return result
+
+
+def scored_stages(h: Hyperparameters, checkpoint: Checkpoint) -> Stages:
+    """What is scored before packing: with the float weights that are packed, if they are others."""
+    stages = checkpoint.stages
+    if checkpoint.facts.grid_step:
+        return stages | {"blended": blend(stages, h.swa_share)}
+    return stages
 
 
 @contextlib.contextmanager

@@ -342,12 +342,12 @@ def test_submission_repeats_the_scores_of_the_log(finished: Get) -> None:
         ("val_bpb_roundtrip", "final_int6_zstd_roundtrip_exact"),
         ("trained_val_bpb", "stage:trained"),
         ("averaged_val_bpb", "stage:averaged"),
+        ("blended_val_bpb", "stage:blended"),
     ):
         assert run.score(line) == pytest.approx(report[key], abs=1e-8), key
-    scores = {
-        report[k] for k in ("val_bpb", "val_bpb_roundtrip", "trained_val_bpb", "averaged_val_bpb")
-    }
-    assert len(scores) == 4, "two stages share one number"
+    floats = {report[f"{stage}_val_bpb"] for stage in ("trained", "averaged", "blended")}
+    scores = floats | {report["val_bpb"], report["val_bpb_roundtrip"]}
+    assert len(scores) == 5, "two stages share one number"
     assert report["trained_val_bpb"] == pytest.approx(report["val_bpb_roundtrip"], rel=0.05)
 
 
