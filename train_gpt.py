@@ -227,9 +227,8 @@ class Hyperparameters:
 
     # Export, evaluation and log
     artifact_bytes: int = scoring(16_000_000)  # code plus packed weights stay below
-    swa_share: float = scoring(
-        0.3, 0, 1
-    )  # of the average in what is packed; the rest: last iterate
+    # What is packed lies so far on the way from the last iterate to the average.
+    swa_share: float = scoring(0.3, 0, 1)
     # Quantisation step of the first and last layer, relative to the other layers.
     int8_step_ratio: float = scoring(0.7)
     # The same of the tied table; 0: each row gets the step that its own maximum needs.
@@ -959,6 +958,15 @@ def text_bytes(tokens: np.ndarray, table: ByteTable) -> tuple[int, str | None]:
     return used_bytes, "; ".join(notes) or None
 
 
+def stated_by_manifest(data_path: str) -> tuple[int, list[str]] | None:
+    """Bytes of the validation text and the SHA-256 of each shard; None if it states no such."""
+    try:
+        split = read_manifest(data_path)["splits"]["val"]
+        return int(split["bytes"]), [shard["sha256"] for shard in split["shards"]]
+    except (LookupError, TypeError, ValueError):
+        return None
+
+
 def original_bytes(h: Hyperparameters, tokens: np.ndarray, counted: int) -> tuple[int, str]:
     """UTF-8 bytes of the original text of a case-marked split, and a line for the log: the proof.
 
@@ -968,11 +976,10 @@ def original_bytes(h: Hyperparameters, tokens: np.ndarray, counted: int) -> tupl
     RunError if what is stated is of other shards or of another text.
     """
     folder = Path(h.data_path)
-    shards = sorted(path for path in folder.glob("fineweb_val_*.bin") if is_shard(path.name))
-    with contextlib.suppress(LookupError, TypeError, ValueError):
-        split = read_manifest(h.data_path)["splits"]["val"]
-        stated = int(split["bytes"])
-        digests = [shard["sha256"] for shard in split["shards"]]
+    manifest = stated_by_manifest(h.data_path)
+    if manifest:
+        stated, digests = manifest
+        shards = sorted(path for path in folder.glob("fineweb_val_*.bin") if is_shard(path.name))
         found = [hashlib.sha256(path.read_bytes()).hexdigest() for path in shards]
         require(
             (found, counted) == (digests, stated),
@@ -2344,6 +2351,9 @@ def wait_for(works: list[Any]) -> None:
 
 
 # ---- 9. Weight averaging ------------------------------------------------------------------------
+Stages = dict[str, dict[str, Tensor]]  # trained, averaged, blended -> weights by name
+
+
 class RunningMean:
     """Tight SWA: the float32 mean of the masters over all steps late enough; one pass a step."""
 
@@ -2473,35 +2483,43 @@ def unpack(artifact: bytes, source: str = "artifact") -> tuple[dict[str, Any], d
     return header["architecture"], state
 
 
+def with_blend(stages: Stages, h: Hyperparameters, grid_step: float) -> Stages:
+    """`stages` and, if late QAT had a grid step, the weights that go on its grid: `blended`.
+
+    They are the last iterate, moved some of the way to the average.
+    """
+    if not grid_step:
+        return stages
+    averaged = stages["averaged"]
+    blended = {
+        name: torch.lerp(w, averaged[name], h.swa_share) for name, w in stages["trained"].items()
+    }
+    return stages | {"blended": blended}
+
+
 def pack_stages(
-    stages: Mapping[str, Mapping[str, Tensor]],
+    stages: Stages,
     h: Hyperparameters,
     grid_step: float,
     budget: int,
     log: Callable[[str], None],
 ) -> bytes:
-    """The artifact of a run, under `budget` bytes, from its last iterate and its average.
+    """The artifact, under `budget` bytes, of the stages of `with_blend`.
 
     Late QAT has trained the last iterate as it is on the grid of `grid_step`, so rounding it there
-    costs nothing; 2 % beside that grid step the gain is gone.  Some way from there to the average
-    few codes change, for the better; the average itself lost 0.004 bpb (docs/ABLATIONS.md, "The
-    blend").  What does not fit, or has seen no late QAT (0), ships the average on a coarser grid.
+    costs almost nothing; 2 % beside that grid step this gain is gone.  The blend keeps most codes
+    of the last iterate.  The average by itself lost 0.004 bpb (docs/ABLATIONS.md, "The blend").
+    The average is packed, on the grid that fills the budget, if the blend's grid does not fit or if
+    there was no late QAT (0).
     """
-    averaged = stages["averaged"]
     if grid_step:
-        state = blend(stages, h.swa_share)
-        check_packable(state, h)
-        artifact, _ = pack_trial(state, h, grid_step, budget, log)
+        blended = stages["blended"]
+        check_packable(blended, h)
+        artifact, _ = pack_trial(blended, h, grid_step, budget, log)
         if len(artifact) < budget:
             return artifact
         log("note: the grid of late QAT does not fit; the average is packed on a coarser one")
-    return pack_to_budget(averaged, h, budget, log)
-
-
-def blend(stages: Mapping[str, Mapping[str, Tensor]], share: float) -> dict[str, Tensor]:
-    """The last iterate, moved by this share of the way to the average."""
-    averaged = stages["averaged"]
-    return {name: torch.lerp(w, averaged[name], share) for name, w in stages["trained"].items()}
+    return pack_to_budget(stages["averaged"], h, budget, log)
 
 
 def coded_bytes(state: Mapping[str, Tensor], h: Hyperparameters, grid_step: float) -> float:
@@ -2723,9 +2741,6 @@ def dataset_label(h: Hyperparameters, text_bytes: int) -> str:
 
 
 # ---- 12. Training -------------------------------------------------------------------------------
-Stages = dict[str, dict[str, Tensor]]  # trained, averaged, blended -> weights by name
-
-
 class BatchLayout(NamedTuple):
     """How the sequences of a step divide."""
 
@@ -3311,24 +3326,17 @@ def run(h: Hyperparameters, runtime: Runtime, checkpoint: Checkpoint | None = No
             checkpoint = checkpoint or train_and_save(session)
             facts = checkpoint.facts
             with resumable(session):
-                for stage, state in scored_stages(h, checkpoint).items():
+                stages = with_blend(checkpoint.stages, h, facts.grid_step)
+                for stage, state in stages.items():
                     model = load_model(h, runtime, state, session.kernels)
                     scores[stage] = score(session, model, f"stage:{stage}")
-                pack_checkpoint(session, checkpoint)
+                write_artifact(session, stages, facts.grid_step)
         with resumable(session):
             bytes_model = score_from_disk(session, scores)
             result = RunResult(scores, facts, SOURCE.stat().st_size, bytes_model)
             if runtime.rank == 0:
                 report(session, result)
         return result
-
-
-def scored_stages(h: Hyperparameters, checkpoint: Checkpoint) -> Stages:
-    """What is scored before packing: with the float weights that are packed, if they are others."""
-    stages = checkpoint.stages
-    if checkpoint.facts.grid_step:
-        return stages | {"blended": blend(stages, h.swa_share)}
-    return stages
 
 
 @contextlib.contextmanager
@@ -3486,14 +3494,13 @@ def score(session: Session, model: GPT, label: str, stride: int = 0) -> Score:
     return result
 
 
-def pack_checkpoint(session: Session, checkpoint: Checkpoint) -> None:
-    """Rank 0 writes the artifact."""
+def write_artifact(session: Session, stages: Stages, grid_step: float) -> None:
+    """Packs; by rank 0."""
     if session.runtime.rank:
         return
     began = time.perf_counter()
     budget = session.h.artifact_bytes - SOURCE.stat().st_size
-    grid_step = checkpoint.facts.grid_step
-    artifact = pack_stages(checkpoint.stages, session.h, grid_step, budget, session.log)
+    artifact = pack_stages(stages, session.h, grid_step, budget, session.log)
     write_atomic(session.files.artifact, artifact)
     session.log(f"pack_time:{time.perf_counter() - began:.1f}s")
 

@@ -551,6 +551,13 @@ SCALES = {
     "MATRIX_LR": Scale("matrix lr", math.log, math.exp),
     "DECAY_PER_RUN": Scale("decay per run", math.log, math.exp),
 }
+
+
+def base_log(name: str) -> float:
+    """Of the value that every row has unless it changes it."""
+    return SCALES[name].to_log(float(BASE[name]))
+
+
 CERTAIN = 0.975  # least share of the resamples that must curve upwards
 
 
@@ -570,14 +577,13 @@ class Optimum(NamedTuple):
         return self.common if self.doubt else (self.log, self.sd)
 
     def told(self, scale: Scale) -> str:
-        if self.common:
-            low, high = interval(*self.common, scale)
-            return f"{scale.from_log(self.common[0]):.4g} ({low:.4g} to {high:.4g}) *"
-        if self.doubt:
+        if self.known is None:
             row = scale.from_log(self.lowest)
             return f"not determined: {self.doubt}, of which {row:.4g} is the best"
-        low, high = interval(self.log, self.sd, scale)
-        return f"{scale.from_log(self.log):.4g} ({low:.4g} to {high:.4g})"
+        log, sd = self.known
+        low, high = interval(log, sd, scale)
+        mark = " *" if self.doubt else ""
+        return f"{scale.from_log(log):.4g} ({low:.4g} to {high:.4g}){mark}"
 
 
 class Law(NamedTuple):
@@ -701,7 +707,7 @@ class Samples(NamedTuple):
                 rungs += [rung] * len(found)
                 rows += found
         x, y = np.array(rows).reshape(-1, 2).T
-        return cls(rungs, x - SCALES[name].to_log(float(BASE[name])), y)
+        return cls(rungs, x - base_log(name), y)
 
     @property
     def names(self) -> list[str]:
@@ -746,8 +752,7 @@ def fit_law(samples: Samples, name: str, noise: float) -> Law | str:
     if isinstance(fit, str):
         return fit
     (a, sd_a), (b, sd_b), (c, sd_c) = fit.ratio(1), fit.ratio(2), fit.ratio(3)
-    base = SCALES[name].to_log(float(BASE[name]))
-    return Law((base + a, b, c), (sd_a, sd_b, sd_c))
+    return Law((base_log(name) + a, b, c), (sd_a, sd_b, sd_c))
 
 
 def fit_setting(
@@ -756,7 +761,6 @@ def fit_setting(
     """Optima of the rungs, with the common curvature where their own rows do not determine one."""
     samples = Samples.of(done, name, score)
     common = fit_common(samples, noise)
-    base = SCALES[name].to_log(float(BASE[name]))
     optima = {}
     for rung in RUNGS:
         rows = points(done, rung, name, score)
@@ -765,7 +769,7 @@ def fit_setting(
         optima[rung] = fit_optimum(rows, noise)
         if optima[rung].doubt and isinstance(common, dict) and rung in common:
             log, sd = common[rung]
-            optima[rung] = optima[rung]._replace(common=(base + log, sd))
+            optima[rung] = optima[rung]._replace(common=(base_log(name) + log, sd))
     return optima, fit_law(samples, name, noise)
 
 
@@ -940,7 +944,7 @@ def draw_optima(
     else:
         axis.text(0.5, 0.5, "not determined", ha="center", transform=axis.transAxes)
 
-    base = math.exp(SCALES[name].to_log(float(BASE[name])))
+    base = math.exp(base_log(name))
     axis.axhline(base, color="grey", linewidth=0.5)
     mark_sizes(axis, "x", [getattr(size, along) for size in (*RUNGS.values(), OFFICIAL)])
     low, high = axis.get_ylim()

@@ -7,7 +7,7 @@
 Bits and entropy are per weight of the group; entropy is of order 0 with each matrix's own
 frequencies; overhead is zstd's bytes (codes alone) over it; the relative error is the squared error
 over the squared weights of the float average, and needs the checkpoint.  Budgets count code and
-weights, in 10^6 bytes.
+weights, in 10^6 bytes; those that hold late QAT's own grid get the same file on it.
 """
 
 from __future__ import annotations
@@ -99,7 +99,8 @@ def scorer(h: tg.Hyperparameters, runtime: tg.Runtime) -> Callable[[Mapping[str,
 
 def pack(path: str, budgets: list[float]) -> None:
     """A checkpoint at each budget, in 10^6 bytes."""
-    h, (stages, facts) = checkpoint.load(path, os.environ)
+    h, (loaded, facts) = checkpoint.load(path, os.environ)
+    stages = tg.with_blend(loaded, h, facts.grid_step)
     runtime = tg.Runtime.start(h, {})
     averaged = stages["averaged"]
     on_device = {

@@ -6,8 +6,8 @@
 The third argument is grid steps, with commas between them.  Calibration takes WINDOWS (16) training
 windows, scoring SCORED (24) validation windows spread over the split, enough for differences
 because all ways meet the same tokens; minutes on two CPU cores.
-STAGE=trained rounds the last iterate instead of the average, STAGE=blend what ships.  Both lose
-nothing on the very grid step that late QAT had, which the run's log tells (docs/ABLATIONS.md).
+STAGE=trained rounds the last iterate instead of the average, STAGE=blended what ships.  Both lose
+little on the very grid step that late QAT had, which the run's log tells (docs/ABLATIONS.md).
 For `fisher` the grid steps of rows are rescaled until the entropy is that of `nearest` at the grid
 step given.
 """
@@ -222,9 +222,8 @@ class Validation:
 def main(
     path: str, ways: list[str], grid_steps: list[float], calibration: int, scored: int, stage: str
 ) -> None:
-    h, (stages, _) = checkpoint.load(path, os.environ)
-    stages["blend"] = tg.blend(stages, h.swa_share)
-    weights = stages[stage]
+    h, (stages, facts) = checkpoint.load(path, os.environ)
+    weights = tg.with_blend(stages, h, facts.grid_step)[stage]
     plan = tg.BatchPlan(tg.open_split(h.data_path, "train"), h.train_seq_len, calibration, 1)
     windows = torch.from_numpy(plan.tokens(0, range(calibration)))
     validation = Validation(h, scored)

@@ -390,7 +390,8 @@ STAGES = {"trained": state(1), "averaged": state(2)}
 def packed_stages(grid_step: float, budget: int, share: float = 0.3) -> tuple[bytes, list[str]]:
     lines: list[str] = []
     h = support.tiny(swa_share=share)
-    return train_gpt.pack_stages(STAGES, h, grid_step, budget, lines.append), lines
+    stages = train_gpt.with_blend(STAGES, h, grid_step)
+    return train_gpt.pack_stages(stages, h, grid_step, budget, lines.append), lines
 
 
 @pytest.mark.parametrize("share, stage", [(0.0, "trained"), (1.0, "averaged")])
@@ -443,7 +444,7 @@ def test_without_late_qat_the_average_fills_the_budget() -> None:
 def test_a_last_iterate_that_is_not_finite_is_refused() -> None:
     trained = {name: w.clone() for name, w in STAGES["trained"].items()}
     trained["mlp_bank"][0, 0, 0] = math.nan
-    stages = STAGES | {"trained": trained}
+    stages = train_gpt.with_blend(STAGES | {"trained": trained}, H, STEP)
     message = support.refusal(train_gpt.pack_stages, stages, H, STEP, 10**6, print)
     assert "mlp_bank is not finite" in message
 
