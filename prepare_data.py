@@ -84,7 +84,7 @@ SAMPLE_SKIP = {  # tests, vendored copies, and folders slow to parse for little 
 }  # fmt: skip
 SAMPLE_BYTES, SAMPLE_VAL_BYTES = 8_000_000, (300_000, 500_000)  # val: 60k to 250k tokens
 MIN_DOCSTRING = 200  # characters; most shorter ones are one-line summaries
-SAMPLE_TOKENIZER_BYTES, TEXT_TOKENIZER_BYTES = 2_500_000, 32_000_000
+SAMPLE_TOKENIZER_BYTES, TEXT_TOKENIZER_BYTES = 2_500_000, 128_000_000
 
 REPO_ENV = "MATCHED_FINEWEB_REPO_ID"  # the variable that the challenge's own downloader reads
 FINEWEB_REPOS = {  # 1024 is the challenge's export, the others a participant's in the same layout
@@ -94,8 +94,8 @@ FINEWEB_REPOS = {  # 1024 is the challenge's export, the others a participant's 
 }
 
 # Raise the number with every change of what a text becomes: older datasets are then refused.
-TEXT_SOURCE = "text recipe 2"
-CASE_SOURCE = "case marks recipe 1"
+TEXT_SOURCE = "text recipe 3"
+CASE_SOURCE = "case marks recipe 2"
 TWIN_FACTS = ("copies", "documents", "groups")  # of the manifest's entry `twins`
 
 # ---- Input: how a file is told and read
