@@ -17,7 +17,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -27,18 +27,64 @@ from torch import Tensor
 import timing
 import train_gpt as tg
 
-TRAIN_GFLOP = 0.275  # per token: 6 for each of 32.3M weights in products, 0.081 attention
-# Group -> substrings of kernel names, first match wins.  Roofline in ms at 98,304 tokens, from
-# the arithmetic of the model at 800 TFLOP/s dense bf16 and 3.0 TB/s.
-GROUPS: dict[str, tuple[tuple[str, ...], float]] = {
-    "attention": (("flash", "cudnn", "sdpa", "fmha"), 9.9),
-    "products with relu^2": (("relu2",), 5.7),
-    "heads": (("heads_kernel",), 3.1),
-    "matrix products": (("gemm", "nvjet", "cutlass", "cublas", "xmma", "splitk", "mm_"), 18.2),
-    "elementwise and norms": (("triton", "elementwise", "reduce", "cat", "vectorized"), 9.0),
-    "memory": (("memcpy", "memset", "copy"), 0.3),
-    "other": (("",), 0.0),
+DENSE_TFLOPS, MEMORY_TBPS = 800.0, 3.0  # what products and copies reach on an H100
+PEAK_TFLOPS = 989.0  # its dense bfloat16 peak, by which MFU is counted
+
+# Group -> substrings of kernel names, first match wins.
+GROUPS: dict[str, tuple[str, ...]] = {
+    "attention": ("flash", "cudnn", "sdpa", "fmha"),
+    "products with relu^2": ("relu2",),
+    "heads": ("heads_kernel",),
+    "matrix products": ("gemm", "nvjet", "cutlass", "cublas", "xmma", "splitk", "mm_"),
+    "elementwise and norms": ("triton", "elementwise", "reduce", "cat", "vectorized"),
+    "memory": ("memcpy", "memset", "copy"),
+    "other": ("",),
 }
+
+
+class Work(NamedTuple):
+    """What a token costs in one training step, forward and backward."""
+
+    attention: float  # floating-point operations
+    relu2_products: float  # of the two products with relu^2 in their epilogue
+    products: float  # of all others
+    heads: float  # bytes that norm, RoPE and gain of q and k must move
+    elementwise: float  # bytes of the rest, fused as far as can be
+
+    @classmethod
+    def of(cls, h: tg.Hyperparameters) -> Work:
+        layers = h.num_layers
+        width = h.model_dim
+        qkv = width + 2 * h.kv_dim
+        weights = layers * width * (qkv + width + 2 * h.mlp_hidden) + h.vocab_size * width
+        relu2_products = 4 * layers * width * h.mlp_hidden
+        # Two products over half the window on average; backward has five where forward has two.
+        attention = 3.5 * layers * 2 * h.train_seq_len * width
+        # Forward reads and writes q and k.  Backward reads them and the gradients of q, k and v,
+        # and writes the latter three.
+        heads = 2 * layers * (3 * (width + h.kv_dim) + 2 * qkv)
+        # 24 passes over a layer's residual stream; the logits are read and written once.
+        elementwise = 2 * (24 * layers * width + 2 * h.vocab_size)
+        return cls(attention, relu2_products, 6 * weights - relu2_products, heads, elementwise)
+
+    @property
+    def operations(self) -> float:
+        return self.attention + self.relu2_products + self.products
+
+    def rooflines(self, tokens: int) -> dict[str, float]:
+        """Group -> the least milliseconds of a step of so many tokens."""
+        per_operation = tokens / DENSE_TFLOPS / 1e9
+        per_byte = tokens / MEMORY_TBPS / 1e9
+        return {
+            "attention": self.attention * per_operation,
+            "products with relu^2": self.relu2_products * per_operation,
+            "heads": self.heads * per_byte,
+            "matrix products": self.products * per_operation,
+            "elementwise and norms": self.elementwise * per_byte,
+            "memory": 0.3,
+            "other": 0.0,
+        }
+
 
 gpu_ms = functools.partial(timing.milliseconds, on_cuda=True)
 
@@ -81,7 +127,7 @@ def kernel_times(function: Callable[[], object], steps: int = 10) -> dict[str, A
 
 def group_of(kernel: str) -> str:
     name = kernel.lower()
-    return next(group for group, (keys, _) in GROUPS.items() if any(key in name for key in keys))
+    return next(group for group, keys in GROUPS.items() if any(key in name for key in keys))
 
 
 def measure() -> dict[str, Any]:
@@ -115,6 +161,7 @@ def measure() -> dict[str, Any]:
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "tokens": tokens[:, 1:].numel(),
+        "work": Work.of(h)._asdict(),
         "compile_seconds": compile_seconds,
         "forward": gpu_ms(forward),
         "forward_backward": gpu_ms(forward_backward),
@@ -155,8 +202,10 @@ def table(result: dict[str, Any]) -> str:
     lines += [f"{name:26s}{ms:8.2f} ms" for name, ms in phases.items()]
     trained = result["tokens"] / result["step"] / 1e3  # million tokens a second
     scored = result["tokens"] / result["eval_forward"] / 1e3
+    work = Work(**result["work"])
+    rate = work.operations * trained / 1e6  # TFLOP/s
     lines.append(
-        f"training {trained:.3f}M tokens/s, {TRAIN_GFLOP * trained * 1e3:.0f} TFLOP/s; "
+        f"training {trained:.3f}M tokens/s, {rate:.0f} TFLOP/s, MFU {rate / PEAK_TFLOPS:.1%}; "
         f"evaluation {scored:.2f}M tokens/s; first step (compilation) "
         f"{result['compile_seconds']:.1f} s, peak {result['peak_memory_gib']:.1f} GiB"
     )
@@ -164,9 +213,8 @@ def table(result: dict[str, Any]) -> str:
     sums = dict.fromkeys(GROUPS, 0.0)
     for kernel, ms in result["kernels"].items():
         sums[group_of(kernel)] += ms
-    for group, ms in sums.items():
-        _, roofline = GROUPS[group]
-        lines.append(f"{group:24s}{ms:8.2f} ms   roofline {roofline:.1f}")
+    for group, roofline in work.rooflines(result["tokens"]).items():
+        lines.append(f"{group:24s}{sums[group]:8.2f} ms   roofline {roofline:.1f}")
     for kernel, ms in list(result["kernels"].items())[:40]:
         lines.append(f"  {ms:7.3f} ms  {kernel[:100]}")
     return "\n".join(lines)

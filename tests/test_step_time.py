@@ -1,6 +1,8 @@
 """Claims about bench/step_time.py and bench/attention.py, as far as a CPU can tell."""
 
+import dataclasses
 import functools
+import math
 import re
 import sys
 from typing import Any
@@ -68,7 +70,26 @@ def test_every_phase_is_measured_and_printed(measured: dict[str, Any]) -> None:
     optimizer = measured["step"] - measured["graph"]
     assert found["optimizer"] == pytest.approx(optimizer, abs=0.006)
     assert found["host gap"] == 1.0
-    assert re.search(r"^products with relu\^2 +2.00 ms +roofline 5.7$", table, re.M)
+    assert re.search(r"^products with relu\^2 +2.00 ms +roofline 0.0$", table, re.M)
+
+
+def test_the_work_of_a_step_is_that_of_its_shape() -> None:
+    h = train_gpt.Hyperparameters()
+    card = step_time.Work.of(h)
+    dense = sum(
+        math.prod(row.shape)
+        for name, row in train_gpt.parameter_table(h).items()
+        if name in ("qo_bank", "kv_bank", "mlp_bank", "tok_emb")
+    )
+    assert card.products + card.relu2_products == 6 * dense
+    rooflines = card.rooflines(98_304)
+    assert list(rooflines) == list(step_time.GROUPS)
+    assert rooflines["attention"] == pytest.approx(9.9, abs=0.05)  # worked out by hand
+    assert rooflines["heads"] == pytest.approx(3.14, abs=0.01)
+    assert card.rooflines(2 * 98_304)["heads"] == pytest.approx(2 * rooflines["heads"])
+    larger = step_time.Work.of(dataclasses.replace(h, vocab_size=8192))
+    assert larger.operations - card.operations == 6 * 7168 * h.model_dim
+    assert larger.elementwise - card.elementwise == 4 * 7168
 
 
 def test_without_a_gpu_step_time_ends_with_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
