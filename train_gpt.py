@@ -1326,12 +1326,25 @@ def smear(x_BTD: Tensor, gate_D: Tensor, token_C: Tensor, inputs_BT: Tensor) -> 
     return x_BTD + share * (previous - x_BTD)
 
 
+def token_losses(x_BTD: Tensor, table_VD: Tensor, targets_BT: Tensor, softcap: float) -> Tensor:
+    """float32 losses (B, T) from normed hidden states; tanh bounds the logits (Gemma 2)."""
+    logits = F.linear(x_BTD, table_VD).float()
+    logits = softcap * torch.tanh(logits / softcap)
+    losses = F.cross_entropy(logits.flatten(0, 1), targets_BT.flatten(), reduction="none")
+    return losses.view(targets_BT.shape)
+
+
+def mean_token_loss(x_BTD: Tensor, table_VD: Tensor, targets_BT: Tensor, softcap: float) -> Tensor:
+    return token_losses(x_BTD, table_VD, targets_BT, softcap).mean()
+
+
 class Kernels(NamedTuple):
     """The functions that have more than one implementation, as chosen at start-up (section 6)."""
 
     attend: Attend = sdpa()
     heads: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]] = project_heads
     mlp: Callable[[Tensor, Tensor, Tensor, float, float], Tensor] = relu2_mlp
+    mean_loss: Callable[[Tensor, Tensor, Tensor, float], Tensor] = mean_token_loss
 
 
 class Shared(NamedTuple):
@@ -1429,18 +1442,21 @@ class GPT(nn.Module):
 
     def losses(self, x_BTD: Tensor, targets_BT: Tensor) -> Tensor:
         """float32 losses (B, T) from the final hidden states; the head is the tied table."""
-        logits = F.linear(rms_norm(x_BTD), self.tok_emb).float()
-        logits = self.h.logit_softcap * torch.tanh(logits / self.h.logit_softcap)
-        losses = F.cross_entropy(logits.flatten(0, 1), targets_BT.flatten(), reduction="none")
-        return losses.view(targets_BT.shape)
+        return token_losses(rms_norm(x_BTD), self.tok_emb, targets_BT, self.h.logit_softcap)
+
+    def mean_loss(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        """float32 mean of the losses, 0-d: all that training needs."""
+        x = rms_norm(self.final_hidden(inputs_BT))
+        return self.kernels.mean_loss(x, self.tok_emb, targets_BT, self.h.logit_softcap)
 
 
 # ---- 6. Kernels ---------------------------------------------------------------------------------
-# Fast twins of three functions of the model, for CUDA; skip this section on first reading.
+# Fast twins of four functions of the model, for CUDA; skip this section on first reading.
 jit = triton.jit if triton else lambda function: function
 PROCESSORS = 132  # of an H100 or H200; with more programs than these, some would wait
 RELU2_TILE = (256, 128, 64)  # rows, columns, depth; widths of n x 128 leave no partial tile
 HEAD_ROWS = 16  # tokens that one program of the kernel for heads takes
+LOSS_VALUES = 16  # logits that a thread of the kernel for the loss holds; at 32 few threads fit
 
 
 def attention_candidates() -> dict[str, Attend]:
@@ -1718,6 +1734,86 @@ class FusedHeads(torch.autograd.Function):
         return dx_BTD, dqkv_MC.T @ x_MD, parts.sum(0).to(gain_H.dtype), None
 
 
+@jit
+def softcap_loss_kernel(  # type: ignore[no-untyped-def]
+    logits, targets, losses, SOFTCAP: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr
+):
+    """The loss of one row of raw logits, which it overwrites by the gradient of the mean loss.
+
+    A program holds its whole row in registers, so that logits are read once and written once.  It
+    counts in bits, since the GPU's exponential has base 2.
+    """
+    BITS: tl.constexpr = 1.4426950408889634  # of a nat
+    row = tl.program_id(0)
+    column = tl.arange(0, BLOCK)
+    inside = column < V
+    target = column == tl.load(targets + row).to(tl.int32)
+    place = logits + row.to(tl.int64) * V + column
+    raw = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+
+    # tanh(x) = 1 - 2 / (exp(2x) + 1); a squared root takes fewer instructions than a division.
+    root = tl.rsqrt(tl.exp2(raw * (2 * BITS / SOFTCAP)) + 1)
+    tanh = 1 - 2 * (root * root)
+    capped = tl.where(inside, (SOFTCAP * BITS) * tanh, float("-inf"))
+    top = tl.max(capped, 0)
+    power = tl.exp2(capped - top)
+    total = tl.sum(power, 0)
+    bits = top + tl.log2(total) - tl.sum(tl.where(target, capped, 0.0), 0)
+    tl.store(losses + row, bits / BITS)
+
+    share = 1.0 / tl.num_programs(0)  # of a row in the mean
+    softmax = power * (share / total)
+    gradient = tl.where(target, softmax - share, softmax) * (1 - tanh * tanh)
+    tl.store(place, gradient.to(logits.dtype.element_ty), mask=inside)
+
+
+@torch.library.custom_op("golf::softcap_loss", mutates_args=())
+def softcap_loss(
+    x_MD: Tensor, table_VD: Tensor, targets_M: Tensor, softcap: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses (M,) in float32, and their mean's gradients by x and by the table."""
+    vocabulary = len(table_VD)
+    logits_MV = x_MD @ table_VD.T
+    losses_M = x_MD.new_empty(len(x_MD), dtype=torch.float32)
+    block = triton.next_power_of_2(vocabulary)
+    warps = min(max(block // (32 * LOSS_VALUES), 1), 32)
+    softcap_loss_kernel[(len(x_MD),)](
+        logits_MV, targets_M.contiguous(), losses_M, softcap, vocabulary, block, num_warps=warps
+    )
+    dlogits_MV = logits_MV  # the kernel has overwritten them
+    return losses_M, dlogits_MV @ table_VD, dlogits_MV.T @ x_MD
+
+
+@softcap_loss.register_fake
+def _(
+    x_MD: Tensor, table_VD: Tensor, targets_M: Tensor, softcap: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    losses_M = x_MD.new_empty(len(x_MD), dtype=torch.float32)
+    return losses_M, x_MD.new_empty(x_MD.shape), table_VD.new_empty(table_VD.shape)
+
+
+class FusedLoss(torch.autograd.Function):
+    """`mean_token_loss` whose forward pass makes the gradients too, as the logits are at hand.
+
+    Logits exist once, in the model's dtype, and only until then.  Backward scales the gradients.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x_BTD: Tensor, table_VD: Tensor, targets_BT: Tensor, softcap: float
+    ) -> Tensor:
+        losses_M, dx_MD, dtable_VD = softcap_loss(
+            x_BTD.flatten(0, 1), table_VD, targets_BT.flatten(), softcap
+        )
+        ctx.save_for_backward(dx_MD.view_as(x_BTD), dtable_VD)
+        return losses_M.mean()
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        dx_BTD, dtable_VD = ctx.saved_tensors
+        return dx_BTD * dloss, dtable_VD * dloss, None, None
+
+
 def announce_operators() -> None:
     """Tells Inductor of the custom operators before it compiles anything.
 
@@ -1727,7 +1823,12 @@ def announce_operators() -> None:
     from torch._inductor.lowering import add_needs_realized_inputs
 
     golf = torch.ops.golf
-    operators = (golf.linear_relu2, golf.norm_rotate, golf.norm_rotate_backward)
+    operators = (
+        golf.linear_relu2,
+        golf.norm_rotate,
+        golf.norm_rotate_backward,
+        golf.softcap_loss,
+    )
     add_needs_realized_inputs([operator.default for operator in operators])
 
 
@@ -1745,7 +1846,7 @@ def choose_kernels(h: Hyperparameters, runtime: Runtime, log: RunLog) -> Kernels
     log(f"attention:{name} relative_error:{error:.1e}, {layers} layers")
     if not fused:
         return Kernels(attend)
-    return Kernels(attend, FusedHeads.apply, FusedMLP.apply)
+    return Kernels(attend, FusedHeads.apply, FusedMLP.apply, FusedLoss.apply)
 
 
 def fused_layers_run(h: Hyperparameters, device: torch.device, log: RunLog) -> bool:
@@ -1781,6 +1882,9 @@ def fused_error(h: Hyperparameters, device: torch.device) -> float:
     gain = 1 + 0.1 * random(h.num_heads)
     up, down = (random(h.mlp_hidden, dim, scale=dim**-0.5) for _ in range(2))
     rotary = rotary_table(h.train_seq_len, h.rope_dims, h.rope_base, device)
+    table = random(h.vocab_size, dim, scale=3 * dim**-0.5)  # some tokens are likely
+    shape = (1, h.train_seq_len)
+    targets = torch.randint(h.vocab_size, shape, generator=generator, device=device)
 
     def heads(function: Callable[..., Any]) -> Callable[..., Any]:
         return lambda x, qkv, gain: torch.cat(function(x, qkv, gain, rotary), 2)
@@ -1788,9 +1892,13 @@ def fused_error(h: Hyperparameters, device: torch.device) -> float:
     def mlp(function: Callable[..., Any]) -> Callable[..., Any]:
         return lambda x, up, down: function(x, up, down, 0.5, h.mlp_slope)
 
+    def loss(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda x, table: function(x, table, targets, h.logit_softcap)
+
     errors = [
         twin_error(heads(FusedHeads.apply), heads(project_heads), [x, qkv, gain]),
         twin_error(mlp(FusedMLP.apply), mlp(relu2_mlp), [x, up, down]),
+        twin_error(loss(FusedLoss.apply), loss(mean_token_loss), [x, table]),
     ]
     return float(np.max(errors))  # nan if one is: Python's max may drop it
 
@@ -2774,7 +2882,7 @@ def load_model(
 
 def mean_loss(model: GPT, tokens: Tensor, share: float) -> Tensor:
     """Mean loss over a micro-batch (b, T+1), times its share of the global batch."""
-    return model(tokens[:, :-1], tokens[:, 1:]).mean() * share
+    return model.mean_loss(tokens[:, :-1], tokens[:, 1:]) * share
 
 
 def capture(function: Callable[..., Any], *held: Tensor) -> Callable[..., Any]:

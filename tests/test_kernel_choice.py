@@ -11,7 +11,7 @@ from torch import Tensor
 
 CUDA = torch.device("cuda")
 PLAIN = train_gpt.Kernels(train_gpt.sdpa())[1:]
-FUSED = (train_gpt.FusedHeads.apply, train_gpt.FusedMLP.apply)
+FUSED = (train_gpt.FusedHeads.apply, train_gpt.FusedMLP.apply, train_gpt.FusedLoss.apply)
 RIGHT = 3e-3  # what bfloat16 itself loses
 
 
@@ -184,12 +184,12 @@ def test_one_wrong_row_of_many_is_over_the_bound() -> None:
     assert train_gpt.twin_error(without_last_tile, lambda x, w: x * w, inputs) > 3e-2
 
 
-@pytest.mark.parametrize("wrong", ["heads", "mlp", "neither"])
+@pytest.mark.parametrize("wrong", ["heads", "mlp", "loss", "none"])
 @pytest.mark.parametrize("value", [2.0, math.nan])
-def test_an_error_in_either_fused_layer_counts(
+def test_an_error_in_any_fused_layer_counts(
     wrong: str, value: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """nan also in the second one."""
+    """nan also in one that is not the first."""
 
     def heads(x: Tensor, qkv: Tensor, gain: Tensor, rotary: Tensor) -> tuple[Tensor, ...]:
         factor = value if wrong == "heads" else 1.0
@@ -200,10 +200,15 @@ def test_an_error_in_either_fused_layer_counts(
         factor = value if wrong == "mlp" else 1.0
         return factor * train_gpt.relu2_mlp(x, up, down, scale, slope)
 
+    def loss(x: Tensor, table: Tensor, targets: Tensor, softcap: float) -> Tensor:
+        factor = value if wrong == "loss" else 1.0
+        return factor * train_gpt.mean_token_loss(x, table, targets, softcap)
+
     monkeypatch.setattr(train_gpt.FusedHeads, "apply", heads)
     monkeypatch.setattr(train_gpt.FusedMLP, "apply", mlp)
+    monkeypatch.setattr(train_gpt.FusedLoss, "apply", loss)
     error = train_gpt.fused_error(tiny(), torch.device("cpu"))
-    assert (error < 3e-2) is (wrong == "neither"), error
+    assert (error < 3e-2) is (wrong == "none"), error
 
 
 def test_an_attention_that_gives_nan_gradients_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

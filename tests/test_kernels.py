@@ -142,6 +142,82 @@ def test_each_part_of_the_gain_gradient_is_of_its_own_tokens() -> None:
     assert not parts.any()
 
 
+def loss_arguments(rows: int, width: int, vocabulary: int) -> tuple[Tensor, Tensor, Tensor]:
+    """x, a table that makes some tokens likely, and targets, the first and last token first."""
+    x, table = tensors((rows, width), (vocabulary, width))
+    targets = torch.randint(vocabulary, (rows,), generator=torch.Generator().manual_seed(2))
+    targets[:2] = torch.tensor([0, vocabulary - 1])[:rows]
+    return x, table * (3 * width**-0.5), targets.to(DEVICE)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+@pytest.mark.parametrize("vocabulary", [2, 64, 1000, 2049])  # two no power of 2, one of many warps
+def test_fused_loss_agrees_with_its_twin(rows: int, vocabulary: int) -> None:
+    """The upstream gradient is a random number, as it is where a step has micro-batches."""
+    x, table, targets = loss_arguments(rows * 20, 16, vocabulary)
+    x, targets = x.view(rows, 20, 16), targets.view(rows, 20)
+    for softcap in (30.0, 2.0):
+        compare("loss dx dtable", lambda *t, s=softcap: tg.FusedLoss.apply(*t, targets, s),
+                lambda *t, s=softcap: tg.mean_token_loss(*t, targets, s), [x, table])  # fmt: skip
+
+
+@pytest.mark.parametrize("softcap", [30.0, 2.0])
+def test_softcap_loss_equals_float64_autograd(softcap: float) -> None:
+    x, table, targets = loss_arguments(50, 16, 300)
+    losses, dx, dtable = tg.softcap_loss(x, table, targets, softcap)
+    leaves = [t.double().requires_grad_() for t in (x, table)]
+    likelihood = (softcap * torch.tanh(leaves[0] @ leaves[1].T / softcap)).exp()
+    expected = (likelihood.sum(1) / likelihood[torch.arange(50), targets]).log()
+    assert losses.dtype == torch.float32 and (dx.dtype, dtable.dtype) == (x.dtype, table.dtype)
+    assert_near(losses, expected.detach())
+    dx_expected, dtable_expected = torch.autograd.grad(expected.mean(), leaves)
+    assert_near(dx, dx_expected)
+    assert_near(dtable, dtable_expected)
+
+
+def test_the_fused_loss_in_bfloat16_has_only_its_error() -> None:
+    """Of a model on a GPU; the bound is a tenth of the one that refuses the kernel."""
+    x, table, targets = loss_arguments(256, 32, 1000)
+    x, targets = x.view(4, 64, 32), targets.view(4, 64)
+    error = tg.twin_error(lambda *t: tg.FusedLoss.apply(*t, targets, 30.0),
+                          lambda *t: tg.mean_token_loss(*t, targets, 30.0), [x, table])  # fmt: skip
+    assert 1e-4 < error < 1e-2
+
+
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")
+def test_logits_far_beyond_the_softcap_lose_nothing_but_their_gradient() -> None:
+    """exp overflows or vanishes there."""
+    table = torch.tensor([[1e4], [-1e4], [0.0], [0.0]], device=DEVICE, dtype=DTYPE)
+    x = torch.ones(4, 1, device=DEVICE, dtype=DTYPE)
+    losses, dx, dtable = tg.softcap_loss(x, table, torch.arange(4, device=DEVICE), 30.0)
+    torch.testing.assert_close(losses.cpu(), torch.tensor([0.0, 60.0, 30.0, 30.0]))
+    assert not dx.any() and not dtable[:2].any()
+    torch.testing.assert_close(dtable[2:].float().cpu(), torch.full((2, 1), -0.25))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_a_row_that_is_no_number_spoils_the_loss_of_no_other() -> None:
+    x, table, targets = loss_arguments(8, 16, 40)
+    x[3, 5] = float("nan")
+    losses, dx, _ = tg.softcap_loss(x, table, targets, 30.0)
+    assert losses.isnan().nonzero().tolist() == [[3]]
+    assert dx.isnan().any(1).nonzero().tolist() == [[3]]
+
+
+def test_a_compiled_step_takes_the_fused_loss() -> None:
+    """In one graph, with the loss and the gradients of the plain one."""
+    h = support.tiny(vocab_size=72)
+    tokens = torch.randint(72, (2, 33), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    runtime = tg.Runtime(torch.device(DEVICE), compile_backend="aot_eager")
+    results = []
+    for kernels in (tg.Kernels(mean_loss=tg.FusedLoss.apply), tg.Kernels()):
+        model = tg.load_model(h, runtime, support.tiny_weights(h), kernels)
+        loss = runtime.compile(tg.mean_loss)(model, tokens, 0.5)
+        results.append([loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=TOLERANCE, atol=TOLERANCE)
+
+
 @pytest.mark.parametrize("slope", [0.0, 0.5])
 def test_the_lowest_bit_of_the_square_tells_its_side(slope: float) -> None:
     a, b = tensors((64, 32), (48, 32))
@@ -180,13 +256,15 @@ def test_the_operators_tell_the_compiler_what_they_do() -> None:
     rotary = tg.rotary_table(32, 8, 1e4, qkv.device)
     torch.library.opcheck(tg.norm_rotate, (qkv, gain, rotary, 32))
     torch.library.opcheck(tg.norm_rotate_backward, (qkv, gain, rotary, 32, dq, dk, dv))
+    x, table, targets = loss_arguments(12, 16, 40)
+    torch.library.opcheck(tg.softcap_loss, (x, table, targets, 30.0))
 
 
 def test_on_a_cpu_plain_layers_are_chosen_and_logged() -> None:
     """With the reason."""
     lines: list[str] = []
     kernels = tg.choose_kernels(support.tiny(), support.cpu_runtime(), lines.append)  # type: ignore[arg-type]
-    assert kernels[1:] == (tg.project_heads, tg.relu2_mlp)
+    assert kernels[1:] == (tg.project_heads, tg.relu2_mlp, tg.mean_token_loss)
     assert any("plain layers" in line and "CPU" in line for line in lines)
 
 
@@ -269,12 +347,16 @@ def report(kernel, signature, constants, **options):
 m, n, k = tg.RELU2_TILE
 blocks = {"a_desc": (m, k), "b_desc": (n, k), "post_desc": (m, n // 4), "out_desc": (m, n // 4)}
 products = {name: f"tensordesc<bf16[{r}, {c}]>" for name, (r, c) in blocks.items()}
+losses = {"targets": "*i64", "losses": "*fp32"}
 heads = dict(HALF=16, HEADS=4, KV_HEADS=2, WIDTH=128, ROWS=tg.HEAD_ROWS)
 for BACKWARD in (False, True):
     report(tg.linear_relu2_kernel, products | {"scales": "*fp32"},
            dict(SLOPE=0.5, BACKWARD=BACKWARD), num_warps=8, num_stages=4)
     report(tg.heads_kernel, {"rotary": "*fp32", "dgain": "*fp32" if BACKWARD else "*bf16",
                              "T": "i32"}, heads | dict(BACKWARD=BACKWARD))
+for V, BLOCK in ((1000, 1024), (8192, 8192)):
+    report(tg.softcap_loss_kernel, losses, dict(SOFTCAP=30.0, V=V, BLOCK=BLOCK),
+           num_warps=BLOCK // (32 * tg.LOSS_VALUES))
 """
 
 
@@ -286,8 +368,8 @@ def test_the_kernels_compile_and_fit_a_hopper_gpus_memory() -> None:
                           capture_output=True, text=True, timeout=300)  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     lines = [line.split() for line in done.stdout.splitlines()]
-    names = ("linear_relu2_kernel", "heads_kernel")
-    assert [name for name, *_ in lines] == [*names, *names]
+    names = ["linear_relu2_kernel", "heads_kernel"] * 2 + ["softcap_loss_kernel"] * 2
+    assert [name for name, *_ in lines] == names
     for name, shared, tensor_cores in lines:
         assert int(shared) <= 232_448
         assert (tensor_cores == "True") == (name == "linear_relu2_kernel")
