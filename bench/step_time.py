@@ -36,7 +36,14 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "products with relu^2": ("relu2",),
     "heads": ("heads_kernel",),
     "matrix products": ("gemm", "nvjet", "cutlass", "cublas", "xmma", "splitk", "mm_"),
-    "elementwise and norms": ("triton", "elementwise", "reduce", "cat", "vectorized"),
+    "elementwise and norms": (
+        "triton",
+        "softcap_loss",
+        "elementwise",
+        "reduce",
+        "cat",
+        "vectorized",
+    ),
     "memory": ("memcpy", "memset", "copy"),
     "other": ("",),
 }

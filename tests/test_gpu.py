@@ -25,6 +25,44 @@ def test_every_attention_agrees_with_float32_math() -> None:
         assert tg.attention_error(h, attend, torch.device("cuda")) < 2e-2, name
 
 
+@pytest.mark.parametrize("vocabulary", [1000, 1024, 8192, 20_000])
+def test_the_fused_loss_agrees_with_its_twin(vocabulary: int) -> None:
+    """Together with the other fused layers."""
+    h = tg.Hyperparameters(micro_batch_tokens=8192, vocab_size=vocabulary)
+    assert tg.fused_error(h, torch.device("cuda")) < 1e-2
+
+
+def test_the_fused_loss_reaches_rows_beyond_two_billion_logits() -> None:
+    vocabulary, rows = 8192, 2**31 // 8192 + 1000
+    generator = torch.Generator("cuda").manual_seed(0)
+    x = torch.randn(rows, 64, generator=generator, device="cuda").bfloat16()
+    table = torch.randn(vocabulary, 64, generator=generator, device="cuda").bfloat16() / 8
+    targets = torch.randint(vocabulary, (rows,), generator=generator, device="cuda")
+    losses, dx, _ = tg.softcap_loss(x, table, targets, 30.0)
+    last = x[-1000:].float().requires_grad_()
+    expected = tg.token_losses(last[None], table.float(), targets[None, -1000:], 30.0)[0]
+    torch.testing.assert_close(losses[-1000:], expected.detach(), rtol=1e-2, atol=1e-2)
+    [gradient] = torch.autograd.grad(expected.sum() / rows, last)
+    assert float((dx[-1000:].float() - gradient).norm() / gradient.norm()) < 1e-2
+
+
+def test_a_captured_step_with_the_fused_loss_follows_the_plain_one() -> None:
+    """Compiled, with two micro-batches: each has its own part of the upstream gradient."""
+    h = tiny(vocab_size=1000, train_seq_len=128, train_batch_tokens=1024, micro_batch_tokens=512)
+    generator = torch.Generator("cuda").manual_seed(2)
+    tokens = torch.randint(h.vocab_size, (8, 129), device="cuda", generator=generator)
+    losses = []
+    for kernels in (tg.Kernels(), tg.Kernels(mean_loss=tg.FusedLoss.apply)):
+        trainer = tg.Trainer(h, cuda_runtime("inductor"), kernels)
+        restore = trainer.optimizer.snapshot()
+        trainer.train_step(tokens, 1.0)
+        trainer.capture(tokens)
+        restore()
+        losses.append([float(trainer.train_step(tokens, 1.0)) for _ in range(5)])
+    assert losses[1] == pytest.approx(losses[0], rel=5e-3)
+    assert losses[1][-1] < losses[1][0]
+
+
 def test_late_qat_on_cuda_writes_the_bits_of_the_artifact() -> None:
     h, runtime = tiny(artifact_bytes=100_000), cuda_runtime()
     trainer = tg.Trainer(h, runtime, tg.Kernels())
@@ -134,11 +172,12 @@ import train_gpt as tg
 h = tiny(train_seq_len=128, model_dim=256, num_heads=4, num_kv_heads=2, mlp_hidden=256,
          rope_dims=16, micro_batch_tokens=1024)
 runtime = tg.Runtime(torch.device("cuda"), compile_backend="inductor")
-kernels = tg.Kernels(tg.attention_candidates()["cudnn"], tg.FusedHeads.apply, tg.FusedMLP.apply)
+fused = (tg.FusedHeads.apply, tg.FusedMLP.apply, tg.FusedLoss.apply)
+kernels = tg.Kernels(tg.attention_candidates()["cudnn"], *fused)
 model = tg.load_model(h, runtime, tiny_weights(h), kernels)
 tokens = torch.randint(h.vocab_size, (8, 129), generator=torch.Generator().manual_seed(0)).cuda()
 if sys.argv[1] == "trained":  # its graph is compiled first, as in a run
-    loss = runtime.compile(lambda m, t: m(t[:, :-1], t[:, 1:]).mean())(model, tokens)
+    loss = runtime.compile(tg.mean_loss)(model, tokens, 1.0)
     torch.autograd.grad(loss, list(model.parameters()))
 with torch.no_grad():
     hidden = runtime.compile(tg.GPT.final_hidden, deterministic=True)(model, tokens[:, :-1])

@@ -318,6 +318,38 @@ def test_every_parameter_has_a_gradient_after_one_backward() -> None:
     assert all(grad is not None for grad in gradients(fresh, h).values())
 
 
+def test_the_mean_loss_is_the_mean_of_the_losses_bit_for_bit() -> None:
+    h = tiny()
+    plain = gradients(tiny_model(h), h)
+    model = tiny_model(h)
+    inputs, targets = batch(h, rows=8)
+    mean = model.mean_loss(inputs, targets)
+    mean.backward()
+    assert mean.dim() == 0 and torch.equal(mean, model(inputs, targets).mean())
+    for name, p in model.named_parameters():
+        assert p.grad is not None and torch.equal(p.grad, plain[name]), name
+
+
+def test_only_the_mean_loss_takes_the_kernel_for_it() -> None:
+    """Scores come from `losses`, which has one implementation."""
+    h, calls = tiny(), []
+
+    def spy(x: Tensor, table: Tensor, targets: Tensor, softcap: float) -> Tensor:
+        calls.append((x, table, targets, softcap))
+        return train_gpt.mean_token_loss(x, table, targets, softcap)
+
+    kernels = train_gpt.Kernels(mean_loss=spy)
+    trainer = train_gpt.Trainer(h, cpu_runtime(), kernels)
+    inputs, targets = batch(h, rows=h.train_batch_tokens // h.train_seq_len)
+    trainer.model(inputs, targets)
+    assert not calls
+    trainer.train_step(torch.cat((inputs, targets[:, -1:]), dim=1), 1.0)
+    [(x, table, given, softcap)] = calls
+    assert table is trainer.model.tok_emb and softcap == h.logit_softcap
+    assert torch.equal(given, targets)
+    torch.testing.assert_close(x.square().mean(-1), torch.ones(x.shape[:2]), rtol=1e-3, atol=0)
+
+
 def test_every_layer_has_its_own_part_of_each_gradient() -> None:
     h = tiny()
     grads = gradients(tiny_model(h), h)

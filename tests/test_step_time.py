@@ -22,6 +22,7 @@ import timing
         ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop", "attention"),
         ("linear_relu2_kernel", "products with relu^2"),
         ("heads_kernel", "heads"),
+        ("softcap_loss_kernel", "elementwise and norms"),
         ("nvjet_tst_128x256", "matrix products"),
         ("triton_red_fused_mean", "elementwise and norms"),
         ("Memcpy DtoD", "memory"),
