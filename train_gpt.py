@@ -92,7 +92,10 @@ FINEWEB_VAL_BYTES = 151_080_363  # of the published split: pg#543's tokens * los
 ARTIFACT_MAGIC = b"PGOLFGPT"
 ARTIFACT_VERSION = 1
 
-GET_DATA = "`python prepare_data.py fineweb --vocab VOCAB_SIZE` gets it; or set DATA_PATH=sample"
+GET_DATA = (
+    "`python prepare_data.py fineweb --vocab VOCAB_SIZE`, for fineweb_case with --case-marks, gets "
+    "it; or set DATA_PATH=sample"
+)
 
 
 class RunError(Exception):
@@ -309,8 +312,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "frontier": dict(
         run_id="frontier",
         vocab_size=8192,
-        data_path="./data/datasets/fineweb10B_sp8192",
-        tokenizer_path="./data/tokenizers/fineweb_8192_bpe.model",
+        data_path="./data/datasets/fineweb_case_sp8192",
+        tokenizer_path="./data/tokenizers/fineweb_case_8192_bpe.model",
         mlp_hidden=1536,
         key_shift=1,
         gate_dims=12,
