@@ -1048,6 +1048,8 @@ def foreign_tokenizer(tokens: np.ndarray, table: ByteTable) -> str | None:
 RMS_EPS = 1e-6
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q (B,T,H,E), k and v (B,T,K,E) -> (B,T,H,E)
 Fill = Callable[[Tensor, torch.Generator], Tensor]  # writes starting values into a tensor
+# w (N,R,C), grid step (0-d), qmax and step ratio (N,1,1) -> w on the grid
+Round = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 class Role(NamedTuple):
@@ -1348,6 +1350,7 @@ class Kernels(NamedTuple):
     heads: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]] = project_heads
     mlp: Callable[[Tensor, Tensor, Tensor, float, float], Tensor] = relu2_mlp
     mean_loss: Callable[[Tensor, Tensor, Tensor, float], Tensor] = mean_token_loss
+    round: Round | None = None  # late QAT's; None: `fake_quantize`, the plain one of section 7
 
 
 class Shared(NamedTuple):
@@ -1454,7 +1457,8 @@ class GPT(nn.Module):
 
 
 # ---- 6. Kernels ---------------------------------------------------------------------------------
-# Fast twins of four functions of the model, for CUDA; skip this section on first reading.
+# Fast twins of four functions of the model and of late QAT's rounding, for CUDA; skip this section
+# on first reading.
 jit = triton.jit if triton else lambda function: function
 PROCESSORS = 132  # of an H100 or H200; with more programs than these, some would wait
 RELU2_TILE = (256, 128, 64)  # rows, columns, depth; widths of n x 128 leave no partial tile
@@ -1819,6 +1823,97 @@ class FusedLoss(torch.autograd.Function):
         return dx_BTD * dloss, dtable_VD * dloss, None, None
 
 
+@jit
+def scale_in_kernel(x, floor):  # type: ignore[no-untyped-def]
+    """`short_scale(x)`, but not below `floor`."""
+    short = (x.to(tl.int32, bitcast=True) + 128) & -256
+    return tl.maximum(short.to(tl.float32, bitcast=True), floor)
+
+
+@jit
+def on_grid(w, scale, qmax):  # type: ignore[no-untyped-def]
+    """`encode` and `dequantize` of a row.
+
+    Next to 1.5 * 2^23 float32 holds only integers, so the sum is rounded to one, half to even as
+    `torch.round` does.  A code is far below the 2^22 up to which that works: a scale is at least
+    0.6 of what the row's widest weight needs.
+    """
+    codes = (tl.div_rn(w, scale) + 12582912.0) - 12582912.0
+    return tl.minimum(tl.maximum(codes, -qmax), qmax) * scale
+
+
+@jit
+def cost_in_kernel(w, scale, floor, qmax, price):  # type: ignore[no-untyped-def]
+    """Rate-distortion cost of a row, as in `row_scales`."""
+    error = w - on_grid(w, scale, qmax)
+    return tl.sum(error * error, 0) - price * tl.log2(tl.div_rn(scale, floor))
+
+
+@jit
+def round_rows_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0913
+    weights,
+    rounded,
+    grid_step,
+    qmaxes,
+    step_ratios,
+    price_of_square,
+    ROWS,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CLIPS: tl.constexpr,
+):
+    """One row of one matrix of ROWS rows, read once: all clips are tried in registers."""
+    row = tl.program_id(0).to(tl.int64)
+    matrix = row // ROWS
+    column = tl.arange(0, BLOCK)
+    w = tl.load(weights + row * WIDTH + column, mask=column < WIDTH, other=0.0)
+    qmax = tl.load(qmaxes + matrix)
+    # Never 0, for rows of zeros.
+    floor = scale_in_kernel(
+        tl.maximum(tl.load(grid_step) * tl.load(step_ratios + matrix), 1e-30), 0.0
+    )
+    widest = tl.div_rn(tl.max(tl.abs(w), 0), qmax)
+    scale = scale_in_kernel(widest * CLIPS[0], floor)
+    if scale > floor:  # else all clips, of which the first is the largest, give the floor
+        price = floor * floor * price_of_square
+        lowest = cost_in_kernel(w, scale, floor, qmax, price)
+        for i in tl.static_range(1, len(CLIPS)):
+            clipped = scale_in_kernel(widest * CLIPS[i], floor)
+            cost = cost_in_kernel(w, clipped, floor, qmax, price)
+            better = cost < lowest  # not on a tie, as argmin
+            scale = tl.where(better, clipped, scale)
+            lowest = tl.where(better, cost, lowest)
+    tl.store(rounded + row * WIDTH + column, on_grid(w, scale, qmax), mask=column < WIDTH)
+
+
+def round_rows(w_NRC: Tensor, grid_step: Tensor, qmax: Tensor, step_ratio: Tensor) -> Tensor:
+    """`fake_quantize` in one pass; qmax and step_ratio are (N, 1, 1).
+
+    It gives the bits of its twin, but where two clips of a row cost the same up to the order of the
+    sum: then it may take the other.  Either choice comes back from `quantize` bit for bit, as
+    the scale that holds a row without error is the largest, and so the cheapest.
+    """
+    count, rows, width = w_NRC.shape
+    w_NRC = w_NRC.contiguous()
+    rounded = torch.empty_like(w_NRC)
+    block = 1 << (width - 1).bit_length()
+    round_rows_kernel[(count * rows,)](
+        w_NRC,
+        rounded,
+        grid_step,
+        qmax,
+        step_ratio,
+        math.log(2) / 6 * width,
+        rows,
+        width,
+        block,
+        CLIP_RATIOS,
+        num_warps=min(max(1, block // 512), 8),  # one: sums need no shared memory
+        enable_fp_fusion=False,  # products and sums are rounded one by one, as by torch
+    )
+    return rounded
+
+
 def announce_operators() -> None:
     """Tells Inductor of the custom operators before it compiles anything.
 
@@ -1851,7 +1946,7 @@ def choose_kernels(h: Hyperparameters, runtime: Runtime, log: RunLog) -> Kernels
     log(f"attention:{name} relative_error:{error:.1e}, {layers} layers")
     if not fused:
         return Kernels(attend)
-    return Kernels(attend, FusedHeads.apply, FusedMLP.apply, FusedLoss.apply)
+    return Kernels(attend, FusedHeads.apply, FusedMLP.apply, FusedLoss.apply, round_rows)
 
 
 def fused_layers_run(h: Hyperparameters, device: torch.device, log: RunLog) -> bool:
@@ -1904,8 +1999,25 @@ def fused_error(h: Hyperparameters, device: torch.device) -> float:
         twin_error(heads(FusedHeads.apply), heads(project_heads), [x, qkv, gain]),
         twin_error(mlp(FusedMLP.apply), mlp(relu2_mlp), [x, up, down]),
         twin_error(loss(FusedLoss.apply), loss(mean_token_loss), [x, table]),
+        rounding_error(torch.stack([up, 9 * up])),
     ]
     return float(np.max(errors))  # nan if one is: Python's max may drop it
+
+
+def rounding_error(w_NRC: Tensor) -> float:
+    """Share of rows that `round_rows` and its twin round differently; 1 more if one does not last.
+
+    A few may differ, as the cheaper of two clips is decided by a sum's last bits.  But what export
+    rounds again must not move at all.
+    """
+    qmax, step_ratio = Grid((31,) * len(w_NRC), (1.0,) * len(w_NRC)).tensors(w_NRC.device)
+    grid_step = (
+        w_NRC.square().mean().sqrt() / 10
+    )  # some rows fit the code range, others are clipped
+    found = round_rows(w_NRC, grid_step, qmax, step_ratio)
+    differ = found != fake_quantize(w_NRC, grid_step, qmax, step_ratio)
+    again = fake_quantize(found, grid_step, qmax, step_ratio)
+    return float(differ.any(-1).float().mean()) + float(not torch.equal(found, again))
 
 
 def twin_error(fast: Callable[..., Any], plain: Callable[..., Any], inputs: list[Tensor]) -> float:
@@ -2270,8 +2382,9 @@ class LateQAT:
     are written, and the model's graph does not change when it starts.
     """
 
-    def __init__(self, h: Hyperparameters, runtime: Runtime):
+    def __init__(self, h: Hyperparameters, runtime: Runtime, round: Round | None = None):
         self.runtime = runtime
+        self.round = round or fake_quantize
         self.on = False
         self.grid_step = torch.zeros((), device=runtime.device)
         # Of this rank's matrices.  Made once: copying numbers to the device stops the host.
@@ -2294,7 +2407,7 @@ class LateQAT:
         """`masters`, on the grid where they have one."""
         weights = dict(masters)
         for name, grid in self.grids.items():
-            w = fake_quantize(matrices(masters[name]), self.grid_step, *grid)
+            w = self.round(matrices(masters[name]), self.grid_step, *grid)
             weights[name] = w.view_as(masters[name])
         return weights
 
@@ -2341,7 +2454,7 @@ class Optimizer:
         lr_of = {"embed": h.embed_lr, "scalar": h.scalar_lr}
         lrs = {name: lr_of[row.group] for name, row in table.items() if row.group in lr_of}
         self.small = FlatAdamW({name: parameters[name] for name in lrs}, lrs)
-        self.late_qat = LateQAT(h, runtime)
+        self.late_qat = LateQAT(h, runtime, model.kernels.round)
         # On the device, where a captured graph reads their current value.
         self.lr = self.scalar()  # schedule's factor on all learning rates
         self.decay = self.scalar()  # weight decay of this step, before its lr

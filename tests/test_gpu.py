@@ -18,6 +18,9 @@ def cuda_runtime(backend: str = "none") -> tg.Runtime:
     return tg.Runtime(torch.device("cuda"), compile_backend=backend)
 
 
+ROUNDING = [tg.Kernels(), tg.Kernels(round=tg.round_rows)]  # late QAT's, plain and as one kernel
+
+
 def test_every_attention_agrees_with_float32_math() -> None:
     """In output and gradients."""
     h = tg.Hyperparameters(micro_batch_tokens=8192)
@@ -63,9 +66,10 @@ def test_a_captured_step_with_the_fused_loss_follows_the_plain_one() -> None:
     assert losses[1][-1] < losses[1][0]
 
 
-def test_late_qat_on_cuda_writes_the_bits_of_the_artifact() -> None:
+@pytest.mark.parametrize("kernels", ROUNDING, ids=["plain", "fused"])
+def test_late_qat_on_cuda_writes_the_bits_of_the_artifact(kernels: tg.Kernels) -> None:
     h, runtime = tiny(artifact_bytes=100_000), cuda_runtime()
-    trainer = tg.Trainer(h, runtime, tg.Kernels())
+    trainer = tg.Trainer(h, runtime, kernels)
     generator = torch.Generator("cuda").manual_seed(1)
     for master in trainer.optimizer.masters().values():
         master.add_(torch.randn(master.shape, generator=generator, device="cuda"), alpha=0.05)
@@ -92,13 +96,14 @@ def test_a_compiled_training_step_follows_the_eager_one() -> None:
     assert losses[1][-1] < losses[1][0]
 
 
+@pytest.mark.parametrize("kernels", ROUNDING, ids=["plain", "fused"])
 @pytest.mark.parametrize("micro", [512, 1024])  # with one micro-batch the update is captured too
-def test_the_step_as_cuda_graphs_follows_the_launched_one(micro: int) -> None:
+def test_the_step_as_cuda_graphs_follows_the_launched_one(micro: int, kernels: tg.Kernels) -> None:
     """Launched kernel by kernel."""
     h = tiny(train_seq_len=128, train_batch_tokens=1024, micro_batch_tokens=micro)
     losses, masters = [], []
     for graph in (False, True):
-        trainer = tg.Trainer(h, cuda_runtime(), tg.Kernels())
+        trainer = tg.Trainer(h, cuda_runtime(), kernels)
         generator = torch.Generator("cuda").manual_seed(2)
         batches = [
             torch.randint(h.vocab_size, (8, 129), device="cuda", generator=generator)
@@ -131,9 +136,10 @@ def test_the_step_as_cuda_graphs_follows_the_launched_one(micro: int) -> None:
         assert float((masters[1][name] - w).norm() / w.norm()) < 2e-2, name
 
 
+@pytest.mark.parametrize("kernels", ROUNDING, ids=["plain", "fused"])
 @pytest.mark.parametrize("late_qat", [False, True])
-def test_a_step_never_makes_the_host_wait(late_qat: bool) -> None:
-    trainer = tg.Trainer(tiny(), cuda_runtime(), tg.Kernels())
+def test_a_step_never_makes_the_host_wait(late_qat: bool, kernels: tg.Kernels) -> None:
+    trainer = tg.Trainer(tiny(), cuda_runtime(), kernels)
     tokens = torch.randint(
         trainer.h.vocab_size, (trainer.layout.local, trainer.h.train_seq_len + 1), device="cuda"
     )

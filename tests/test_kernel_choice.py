@@ -11,7 +11,12 @@ from torch import Tensor
 
 CUDA = torch.device("cuda")
 PLAIN = train_gpt.Kernels(train_gpt.sdpa())[1:]
-FUSED = (train_gpt.FusedHeads.apply, train_gpt.FusedMLP.apply, train_gpt.FusedLoss.apply)
+FUSED = (
+    train_gpt.FusedHeads.apply,
+    train_gpt.FusedMLP.apply,
+    train_gpt.FusedLoss.apply,
+    train_gpt.round_rows,
+)
 RIGHT = 3e-3  # what bfloat16 itself loses
 
 
@@ -184,12 +189,12 @@ def test_one_wrong_row_of_many_is_over_the_bound() -> None:
     assert train_gpt.twin_error(without_last_tile, lambda x, w: x * w, inputs) > 3e-2
 
 
-@pytest.mark.parametrize("wrong", ["heads", "mlp", "loss", "none"])
+@pytest.mark.parametrize("wrong", ["heads", "mlp", "loss", "round", "none"])
 @pytest.mark.parametrize("value", [2.0, math.nan])
-def test_an_error_in_any_fused_layer_counts(
+def test_an_error_in_any_fused_kernel_counts(
     wrong: str, value: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """nan also in one that is not the first."""
+    """nan also in those after the first."""
 
     def heads(x: Tensor, qkv: Tensor, gain: Tensor, rotary: Tensor) -> tuple[Tensor, ...]:
         factor = value if wrong == "heads" else 1.0
@@ -204,11 +209,49 @@ def test_an_error_in_any_fused_layer_counts(
         factor = value if wrong == "loss" else 1.0
         return factor * train_gpt.mean_token_loss(x, table, targets, softcap)
 
+    def round_rows(w: Tensor, *grid: Tensor) -> Tensor:
+        return (value if wrong == "round" else 1.0) * train_gpt.fake_quantize(w, *grid)
+
     monkeypatch.setattr(train_gpt.FusedHeads, "apply", heads)
     monkeypatch.setattr(train_gpt.FusedMLP, "apply", mlp)
     monkeypatch.setattr(train_gpt.FusedLoss, "apply", loss)
+    monkeypatch.setattr(train_gpt, "round_rows", round_rows)
     error = train_gpt.fused_error(tiny(), torch.device("cpu"))
     assert (error < 3e-2) is (wrong == "none"), error
+
+
+def rounding_error_of(change: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch) -> float:
+    """The error of a kernel that spoils its twin's result, on 200 rows."""
+
+    def spoilt(w: Tensor, *grid: Tensor) -> Tensor:
+        return change(train_gpt.fake_quantize(w, *grid))
+
+    monkeypatch.setattr(train_gpt, "round_rows", spoilt)
+    return train_gpt.rounding_error(torch.stack([normal(100, 64), 9 * normal(100, 64)]))
+
+
+def test_a_rounding_that_is_right_has_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert rounding_error_of(lambda w: w, monkeypatch) == 0
+
+
+def test_a_row_that_is_rounded_to_another_grid_point_is_counted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It lasts, so it may be a near tie of two clips."""
+    error = rounding_error_of(lambda w: w.index_fill(1, torch.tensor([7]), 0.0), monkeypatch)
+    assert error == pytest.approx(0.01)
+
+
+def test_one_weight_off_the_grid_is_over_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a last bit: the packed weights would not be the trained ones."""
+
+    def off_grid(w: Tensor) -> Tensor:
+        w = w.clone()
+        place = w[1, 7].abs().argmax()
+        w[1, 7, place] = torch.nextafter(w[1, 7, place], torch.tensor(0.0))
+        return w
+
+    assert rounding_error_of(off_grid, monkeypatch) > 1
 
 
 def test_an_attention_that_gives_nan_gradients_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -247,6 +247,115 @@ def test_a_product_that_is_no_number_stays_none(sign: float) -> None:
     assert bool(post[[2, 4, 6]].isfinite().all())
 
 
+def rows_of(width: int, size: float = 0.05, seed: int = 0) -> Tensor:
+    """(3, 40, width) float32 rows that differ in spread; one of zeros, one with an outlier."""
+    generator = torch.Generator().manual_seed(seed)
+    w = torch.randn(3, 40, width, generator=generator)
+    w *= size * torch.logspace(-1, 1, 40)[:, None]
+    w[0, 3] = 0
+    w[1, 5, width // 2] = 500 * size
+    return w.to(DEVICE)
+
+
+# The matrices differ in largest code and in floor; the third has no floor but the smallest scale.
+MIXED = tg.Grid((31, 127, 31), (1.0, 0.7, 0.0))
+
+
+def grid_of(step: float) -> tuple[Tensor, Tensor, Tensor]:
+    """What `round_rows` and its twin take after the weights."""
+    device = torch.device(DEVICE)
+    return torch.tensor(step, device=device), *MIXED.tensors(device)
+
+
+def assert_same_rows(found: Tensor, expected: Tensor) -> None:
+    """In bits, the sign of zero included; but of 1000 rows, one may be a near tie of two clips."""
+    assert found.shape == expected.shape and found.dtype == expected.dtype
+    differ = (found.view(torch.int32) != expected.view(torch.int32)).any(-1)
+    assert int(differ.sum()) <= differ.numel() // 1000
+
+
+@pytest.mark.parametrize("width", [1, 24, 300, 512, 1408])
+@pytest.mark.parametrize("step", [0.0, 1e-9, 1e-3, 0.02, 0.5, 1e4])
+def test_round_rows_writes_the_bits_of_its_twin(width: int, step: float) -> None:
+    w, grid = rows_of(width), grid_of(step)
+    found = tg.round_rows(w, *grid)
+    assert_same_rows(found, tg.fake_quantize(w, *grid))
+    assert torch.equal(w, rows_of(width)), "the masters stay"
+
+
+@pytest.mark.filterwarnings("ignore:overflow|invalid value:RuntimeWarning")
+@pytest.mark.parametrize("size", [1e-30, 1e-12, 1e-6, 300.0, 1e12])
+def test_round_rows_takes_weights_of_any_size(size: float) -> None:
+    w = rows_of(96, size)
+    for step in (0.0, size / 10, size):
+        found = tg.round_rows(w, *grid_of(step))
+        assert_same_rows(found, tg.fake_quantize(w, *grid_of(step)))
+        assert bool(found.isfinite().all())
+
+
+def test_round_rows_takes_every_clip() -> None:
+    """The more outliers a row has, the more of its largest magnitude is kept."""
+    generator = torch.Generator().manual_seed(1)
+    outliers = (1, 2, 4, 8, 200)
+    w = 1.1 * torch.rand(1, len(outliers), 8192, generator=generator) - 0.55
+    for row, count in enumerate(outliers):
+        w[0, row, :count] = 1.0
+    w = w.to(DEVICE)
+    step, (qmax, ratio) = (
+        torch.tensor(1e-3, device=DEVICE),
+        tg.Grid((31,), (1.0,)).tensors(w.device),
+    )
+    found = tg.round_rows(w, step, qmax, ratio)
+    kept = found.abs().amax(-1)[0].tolist()
+    assert kept == pytest.approx(sorted(tg.CLIP_RATIOS), rel=1e-4)
+    assert torch.equal(found, tg.fake_quantize(w, step, qmax, ratio))
+
+
+def test_round_rows_rounds_halves_to_even() -> None:
+    halves = torch.arange(-31, 31, device=DEVICE) + 0.5
+    w = torch.cat([halves, torch.tensor([31.0, -0.25], device=DEVICE)]).expand(3, 4, -1)
+    found = tg.round_rows(w, *grid_of(1.0))[0, 0]
+    assert torch.equal(found[:62], halves.round()) and found[62:].tolist() == [31.0, 0.0]
+    assert not bool(torch.signbit(found[found == 0]).any())  # an int8 code has no -0
+
+
+@pytest.mark.parametrize("step", [0.0, 1e-3, 0.02, 0.5])
+def test_what_round_rows_wrote_comes_back_from_quantize(step: float) -> None:
+    for seed in range(4):
+        grid = grid_of(step)
+        once = tg.round_rows(rows_of(384, seed=seed), *grid)
+        assert torch.equal(tg.dequantize(*tg.quantize(once, *grid)), once)
+        assert torch.equal(tg.round_rows(once, *grid), once)
+
+
+def test_a_shard_is_rounded_as_in_the_whole() -> None:
+    """Its matrices, with padding behind them."""
+    w, (step, *grid) = rows_of(300), grid_of(0.02)
+    whole = tg.round_rows(w, step, *grid)
+    second = MIXED.shard(1, 2).tensors(w.device)
+    mine = torch.cat([w[2:], torch.zeros_like(w[:1])])
+    found = tg.round_rows(mine, step, *second)
+    assert torch.equal(found[0], whole[2]) and not bool(found[1].any())
+
+
+def test_late_qat_rounds_with_the_kernel_that_it_is_given() -> None:
+    h = support.tiny()
+    kernels = tg.Kernels(support.plain_attention, round=tg.round_rows)
+    weights = {name: w.to(DEVICE) for name, w in support.tiny_weights(h).items()}
+    runtime = tg.Runtime(torch.device(DEVICE))
+    optimizers = [
+        tg.Optimizer(tg.GPT(h, weights, k), h, runtime) for k in (kernels, tg.Kernels(round=None))
+    ]
+    results = []
+    for optimizer in optimizers:
+        optimizer.start_late_qat(9_000)
+        results.append(optimizer.late_qat.rounded(optimizer.masters()))
+    assert optimizers[0].late_qat.round is tg.round_rows
+    for name, w in results[0].items():
+        assert w.shape == results[1][name].shape
+        assert torch.equal(w, results[1][name]), name
+
+
 def test_the_operators_tell_the_compiler_what_they_do() -> None:
     a, b, post = tensors((64, 32), (48, 32), (64, 48))
     scale = torch.rand(64, device=DEVICE)
@@ -264,7 +373,7 @@ def test_on_a_cpu_plain_layers_are_chosen_and_logged() -> None:
     """With the reason."""
     lines: list[str] = []
     kernels = tg.choose_kernels(support.tiny(), support.cpu_runtime(), lines.append)  # type: ignore[arg-type]
-    assert kernels[1:] == (tg.project_heads, tg.relu2_mlp, tg.mean_token_loss)
+    assert kernels[1:] == (tg.project_heads, tg.relu2_mlp, tg.mean_token_loss, None)
     assert any("plain layers" in line and "CPU" in line for line in lines)
 
 
@@ -342,7 +451,11 @@ def report(kernel, signature, constants, **options):
     signature |= dict.fromkeys(constants, "constexpr")
     source = ASTSource(kernel, signature, constants)
     binary = compile(source, GPUTarget("cuda", 90, 32), options)
-    print(kernel.__name__, binary.metadata.shared, "wgmma.mma_async" in binary.asm["ptx"])
+    ptx = binary.asm["ptx"]
+    if kernel is tg.round_rows_kernel:  # every division is exact, and nothing is fused into one
+        assert "div.rn.f32" in ptx and "div.full" not in ptx
+        assert "fma.rn.f32" not in ptx  # those of log2 flush denormals: fma.rn.ftz
+    print(kernel.__name__, binary.metadata.shared, "wgmma.mma_async" in ptx)
 
 m, n, k = tg.RELU2_TILE
 blocks = {"a_desc": (m, k), "b_desc": (n, k), "post_desc": (m, n // 4), "out_desc": (m, n // 4)}
@@ -357,6 +470,11 @@ for BACKWARD in (False, True):
 for V, BLOCK in ((1000, 1024), (8192, 8192)):
     report(tg.softcap_loss_kernel, losses, dict(SOFTCAP=30.0, V=V, BLOCK=BLOCK),
            num_warps=BLOCK // (32 * tg.LOSS_VALUES))
+rows = dict.fromkeys(tg.round_rows_kernel.arg_names, "*fp32")
+rows |= {"price_of_square": "fp32", "ROWS": "i32"}
+for width, block, warps in ((512, 512, 1), (1408, 2048, 4)):
+    report(tg.round_rows_kernel, rows, dict(WIDTH=width, BLOCK=block, CLIPS=tg.CLIP_RATIOS),
+           num_warps=warps, enable_fp_fusion=False)
 """
 
 
@@ -368,7 +486,8 @@ def test_the_kernels_compile_and_fit_a_hopper_gpus_memory() -> None:
                           capture_output=True, text=True, timeout=300)  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     lines = [line.split() for line in done.stdout.splitlines()]
-    names = ["linear_relu2_kernel", "heads_kernel"] * 2 + ["softcap_loss_kernel"] * 2
+    names = ["linear_relu2_kernel", "heads_kernel"] * 2
+    names += ["softcap_loss_kernel"] * 2 + ["round_rows_kernel"] * 2
     assert [name for name, *_ in lines] == names
     for name, shared, tensor_cores in lines:
         assert int(shared) <= 232_448
