@@ -1836,10 +1836,12 @@ def on_grid(w, scale, qmax):  # type: ignore[no-untyped-def]
 
     Next to 1.5 * 2^23 float32 holds only integers, so the sum is rounded to one, half to even as
     `torch.round` does.  A code is far below the 2^22 up to which that works: a scale is at least
-    0.6 of what the row's widest weight needs.
+    0.6 of what the row's widest weight needs.  A weight that is no number stays none, so that the
+    loss tells of it.
     """
+    nan: tl.constexpr = tl.PropagateNan.ALL
     codes = (tl.div_rn(w, scale) + 12582912.0) - 12582912.0
-    return tl.minimum(tl.maximum(codes, -qmax), qmax) * scale
+    return tl.minimum(tl.maximum(codes, -qmax, nan), qmax, nan) * scale
 
 
 @jit
@@ -1868,10 +1870,8 @@ def round_rows_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0913
     column = tl.arange(0, BLOCK)
     w = tl.load(weights + row * WIDTH + column, mask=column < WIDTH, other=0.0)
     qmax = tl.load(qmaxes + matrix)
-    # Never 0, for rows of zeros.
-    floor = scale_in_kernel(
-        tl.maximum(tl.load(grid_step) * tl.load(step_ratios + matrix), 1e-30), 0.0
-    )
+    floor = tl.load(grid_step) * tl.load(step_ratios + matrix)
+    floor = scale_in_kernel(tl.maximum(floor, 1e-30), 0.0)  # never 0, for rows of zeros
     widest = tl.div_rn(tl.max(tl.abs(w), 0), qmax)
     scale = scale_in_kernel(widest * CLIPS[0], floor)
     if scale > floor:  # else all clips, of which the first is the largest, give the floor
@@ -1889,9 +1889,9 @@ def round_rows_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0913
 def round_rows(w_NRC: Tensor, grid_step: Tensor, qmax: Tensor, step_ratio: Tensor) -> Tensor:
     """`fake_quantize` in one pass; qmax and step_ratio are (N, 1, 1).
 
-    It gives the bits of its twin, but where two clips of a row cost the same up to the order of the
-    sum: then it may take the other.  Either choice comes back from `quantize` bit for bit, as
-    the scale that holds a row without error is the largest, and so the cheapest.
+    It gives the bits of its twin.  Only where two clips of a row cost the same, up to the order of
+    the sum, may it take the other.  `quantize` gives back either bit for bit: once a row is
+    rounded, its own scale is the largest that is tried and has no error, so it is the cheapest.
     """
     count, rows, width = w_NRC.shape
     w_NRC = w_NRC.contiguous()
@@ -1908,7 +1908,7 @@ def round_rows(w_NRC: Tensor, grid_step: Tensor, qmax: Tensor, step_ratio: Tenso
         width,
         block,
         CLIP_RATIOS,
-        num_warps=min(max(1, block // 512), 8),  # one: sums need no shared memory
+        num_warps=min(max(1, block // 512), 8),  # one warp sums without shared memory
         enable_fp_fusion=False,  # products and sums are rounded one by one, as by torch
     )
     return rounded
@@ -2011,9 +2011,7 @@ def rounding_error(w_NRC: Tensor) -> float:
     rounds again must not move at all.
     """
     qmax, step_ratio = Grid((31,) * len(w_NRC), (1.0,) * len(w_NRC)).tensors(w_NRC.device)
-    grid_step = (
-        w_NRC.square().mean().sqrt() / 10
-    )  # some rows fit the code range, others are clipped
+    grid_step = w_NRC.square().mean().sqrt() / 10  # so only the smaller rows fit the code range
     found = round_rows(w_NRC, grid_step, qmax, step_ratio)
     differ = found != fake_quantize(w_NRC, grid_step, qmax, step_ratio)
     again = fake_quantize(found, grid_step, qmax, step_ratio)

@@ -319,6 +319,18 @@ def test_round_rows_rounds_halves_to_even() -> None:
     assert not bool(torch.signbit(found[found == 0]).any())  # an int8 code has no -0
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("step", [1e-3, 1e4])  # the range decides the scale, the floor does
+def test_a_master_that_is_no_number_is_not_rounded_to_one(step: float, value: float) -> None:
+    w = rows_of(96)
+    w[1, 7, 11] = value
+    found = tg.round_rows(w, *grid_of(step))
+    assert not bool(found[1, 7, 11].isfinite())
+    w[1, 7], found[1, 7] = 0, 0
+    assert torch.equal(found, tg.fake_quantize(w, *grid_of(step)))
+
+
 @pytest.mark.parametrize("step", [0.0, 1e-3, 0.02, 0.5])
 def test_what_round_rows_wrote_comes_back_from_quantize(step: float) -> None:
     for seed in range(4):

@@ -490,6 +490,18 @@ def test_with_qat_the_working_weights_are_rounded_masters() -> None:
         assert torch.equal(parameter.detach(), expected[name]), name
 
 
+def test_on_a_cpu_qat_rounds_with_the_plain_function() -> None:
+    """The one that packs; the start-up's choice of kernels has no other there."""
+    h, runtime = tiny(), cpu_runtime()
+    kernels = train_gpt.choose_kernels(h, runtime, train_gpt.RunLog(None))
+    optimizer = train_gpt.Trainer(h, runtime, kernels).optimizer
+    assert optimizer.late_qat.round is train_gpt.fake_quantize
+    step = optimizer.start_late_qat(5000.0)
+    expected = rounded(optimizer, optimizer.masters(), step)
+    for name, w in optimizer.late_qat.rounded(optimizer.masters()).items():
+        assert torch.equal(w, expected[name]), name
+
+
 def test_qat_leaves_the_masters_unrounded() -> None:
     with_qat, without = new_optimizer(tiny()), new_optimizer(tiny())
     step = with_qat.start_late_qat(5000.0)
