@@ -1463,7 +1463,7 @@ jit = triton.jit if triton else lambda function: function
 PROCESSORS = 132  # of an H100 or H200; with more programs than these, some would wait
 RELU2_TILE = (256, 128, 64)  # rows, columns, depth; widths of n x 128 leave no partial tile
 HEAD_ROWS = 16  # tokens that one program of the kernel for heads takes
-LOSS_VALUES = 16  # logits that a thread of the loss's kernel holds; at 32 half the threads fit
+LOSS_VALUES, LOSS_REGISTERS = 32, 64  # of a thread of the loss's kernel: logits, registers
 
 
 def attention_candidates() -> dict[str, Attend]:
@@ -1787,7 +1787,14 @@ def softcap_loss(
     block = triton.next_power_of_2(vocabulary)
     warps = min(max(block // (32 * LOSS_VALUES), 1), 32)
     softcap_loss_kernel[(len(x_MD),)](
-        logits_MV, targets_M.contiguous(), losses_M, softcap, vocabulary, block, num_warps=warps
+        logits_MV,
+        targets_M.contiguous(),
+        losses_M,
+        softcap,
+        vocabulary,
+        block,
+        num_warps=warps,
+        maxnreg=LOSS_REGISTERS,  # unbounded, fewer programs run at once: 1.28 ms instead of 1.09
     )
     dlogits_MV = logits_MV  # the kernel has overwritten them
     return losses_M, dlogits_MV @ table_VD, dlogits_MV.T @ x_MD

@@ -481,7 +481,7 @@ for BACKWARD in (False, True):
                              "T": "i32"}, heads | dict(BACKWARD=BACKWARD))
 for V, BLOCK in ((1000, 1024), (8192, 8192)):
     report(tg.softcap_loss_kernel, losses, dict(SOFTCAP=30.0, V=V, BLOCK=BLOCK),
-           num_warps=BLOCK // (32 * tg.LOSS_VALUES))
+           num_warps=BLOCK // (32 * tg.LOSS_VALUES), maxnreg=tg.LOSS_REGISTERS)
 rows = dict.fromkeys(tg.round_rows_kernel.arg_names, "*fp32")
 rows |= {"price_of_square": "fp32", "ROWS": "i32"}
 for width, block, warps in ((512, 512, 1), (1408, 2048, 4)):
