@@ -193,7 +193,7 @@ def text_of(results: list[Result], env: Mapping[str, str], log: Log) -> str:
         "github_id": env.get("GITHUB_ID", ""),
         "name": h["run_id"],
         "blurb": env.get("BLURB", blurb),
-        "date": time.strftime("%Y-%m-%d"),
+        "date": time.strftime("%Y-%m-%d", time.gmtime(new["time"])),  # UTC, of the newest seed
         "track": "10min_16mb",
         "dataset": new["dataset"],
         "hardware": hardware,

@@ -24,6 +24,7 @@ import train_gpt as tg
 SCORES = {  # stage -> how its line begins
     "trained": "stage:trained",
     "averaged": "stage:averaged",
+    "blended": "stage:blended",
     "packed": "final_int6_zstd_roundtrip_exact",
     "sliding": "final_int6_zstd_sliding_exact",
 }

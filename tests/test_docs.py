@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import errno
+import hashlib
 import json
 import os
 import re
@@ -12,6 +13,8 @@ from typing import Any
 import pytest
 from support import REPO, train_gpt
 
+import record
+
 SOURCE = (REPO / "train_gpt.py").read_text()
 DOCSTRING = ast.get_docstring(ast.parse(SOURCE)) or ""
 README = (REPO / "README.md").read_text()
@@ -19,6 +22,7 @@ USAGE = (REPO / "docs/USAGE.md").read_text()
 PAGES = sorted([REPO / "README.md", *(REPO / "docs").glob("*.md")])
 LOG = (REPO / "train.log").read_text()
 SUBMISSION: dict[str, Any] = json.loads((REPO / "submission.json").read_text())
+RECORDS = [REPO, REPO / "runs/frontier"]  # folders of several seeds
 P_TIME = {"train_batch_tokens": 98_304, "max_wallclock_seconds": 180.0}  # what that run overrides
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -100,27 +104,43 @@ def literals(source: str) -> list[str]:
 # ---- The committed run ---------------------------------------------------------------------------
 
 
-# Settings that came after the committed run; the next record empties the list.
-NEWER = {"swa_share"}
-
-
 def test_the_defaults_are_those_of_the_committed_run() -> None:
     settings = logged_settings()
     fields = dataclasses.fields(train_gpt.Hyperparameters)
     defaults = {field.name: field.default for field in fields} | P_TIME
-    assert defaults.keys() - settings.keys() == NEWER
-    assert settings == {name: defaults[name] for name in defaults if name not in NEWER}
+    assert settings == defaults | {"seed": settings["seed"]}
 
 
-def test_the_committed_log_and_submission_are_of_one_run() -> None:
-    sliding = re.search(r"^final_int6_zstd_sliding_exact .*val_bpb:(\S+)", LOG, re.M)
-    plain = re.search(r"^final_int6_zstd_roundtrip_exact .*val_bpb:(\S+)", LOG, re.M)
-    assert sliding and float(sliding[1]) == pytest.approx(SUBMISSION["val_bpb"], abs=1e-8)
-    assert plain and float(plain[1]) == pytest.approx(SUBMISSION["val_bpb_roundtrip"], abs=1e-8)
-    assert f"bytes_total:{SUBMISSION['bytes_total']} " in LOG
-    assert SUBMISSION["bytes_total"] < 16_000_000
-    assert SUBMISSION["dataset"] in ("proxy", "fineweb10B_sp1024")
-    assert SUBMISSION["graphs_compiled_on_clock"] == 0
+@pytest.mark.parametrize("folder", RECORDS, ids=["card", "frontier"])
+def test_the_committed_submission_is_that_of_the_committed_results(folder: Path) -> None:
+    """Byte for byte: `python record.py FOLDER` writes it again, on any day."""
+    found = record.submission(folder, env={}, log=lambda line: None)
+    assert found == (folder / "submission.json").read_text()
+
+
+@pytest.mark.parametrize("folder", RECORDS, ids=["card", "frontier"])
+def test_each_seed_has_the_log_of_its_result(folder: Path) -> None:
+    """train.log is that of the newest seed, as the program leaves it."""
+    report = json.loads((folder / "submission.json").read_text())
+    for seed, row in report["seed_results"].items():
+        log = (folder / f"train_seed{seed}.log").read_text()
+        sliding = re.search(r"^final_int6_zstd_sliding_exact .*val_bpb:(\S+)", log, re.M)
+        plain = re.search(r"^final_int6_zstd_roundtrip_exact .*val_bpb:(\S+)", log, re.M)
+        assert sliding and float(sliding[1]) == pytest.approx(row["val_bpb"], abs=1e-8)
+        assert plain and float(plain[1]) == pytest.approx(row["val_bpb_roundtrip"], abs=1e-8)
+        assert f"bytes_total:{row['artifact_bytes']} " in log
+        assert f" seed:{seed} " in log and " graphs_compiled_on_clock:0" in log
+    newest = folder / f"train_seed{report['seeds'][-1]}.log"
+    assert (folder / "train.log").read_text() == newest.read_text()
+    assert report["artifact_bytes_max"] < 16_000_000
+    assert report["dataset"] in ("proxy", "fineweb10B_sp1024")
+
+
+def test_the_logs_hold_the_source_that_ran() -> None:
+    for folder in RECORDS:
+        report = json.loads((folder / "submission.json").read_text())
+        source = (folder / "train.log").read_text().split("\n" + "=" * 80, 1)[0]
+        assert hashlib.sha256(source.encode()).hexdigest() == report["code_sha256"]
 
 
 @pytest.mark.parametrize("text", [README, DOCSTRING], ids=["README", "docstring"])
