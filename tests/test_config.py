@@ -141,6 +141,13 @@ def test_every_preset_is_valid_and_names_only_fields(preset: str) -> None:
         assert type(value) is type(FIELDS[name].default), name
 
 
+def test_the_plain_frontier_differs_in_its_data_alone() -> None:
+    plain, marked = (train_gpt.PRESETS[name] for name in ("frontier_plain", "frontier"))
+    changed = {name for name in marked if plain[name] != marked[name]}
+    assert changed == {"run_id", "data_path", "tokenizer_path"}
+    assert "_case" in marked["data_path"] and "_case" not in plain["data_path"]
+
+
 def test_an_override_wins_over_the_preset() -> None:
     h = Hyperparameters.from_env({"PRESET": "smoke", "ITERATIONS": "17"})
     assert h.iterations == 17 != train_gpt.PRESETS["smoke"]["iterations"]

@@ -28,9 +28,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def frontier(data: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a complete run of the frontier in small, with a seed and a rate of its own."""
+    """The folder of a run of the frontier in small, with a seed, a rate and late QAT of its own."""
     out = tmp_path_factory.mktemp("frontier")
-    done = completed_run(SCRIPT, data, out, PRESET="frontier", SEED=7, MATRIX_LR=0.03)
+    settings = dict(PRESET="frontier", SEED=7, MATRIX_LR=0.03, QAT_THRESHOLD=0.9)
+    done = completed_run(SCRIPT, data, out, **settings)
     assert done.returncode == 0, done.stderr
     return out
 
@@ -74,6 +75,22 @@ def test_a_bare_resume_of_a_frontier_run_repeats_its_record(frontier: Path, tmp_
     packed = (frontier / "final_model.ptz").read_bytes()
     assert (tmp_path / "final_model.ptz").read_bytes() == packed
     assert '"preset": "frontier"' in (tmp_path / "resume.log").read_text()
+
+
+def test_two_ranks_pack_the_file_of_one(frontier: Path, tmp_path: Path) -> None:
+    """From the same weights: the blend on late QAT's grid."""
+    done = completed(
+        SCRIPT,
+        ranks=2,
+        RESUME_FROM=frontier / "final_model.pt",
+        OUTPUT_DIR=tmp_path,
+        DEVICE="cpu",
+        EVAL_STRIDE=0,
+    )
+    assert done.returncode == 0, done.stderr
+    packed = (frontier / "final_model.ptz").read_bytes()
+    assert (tmp_path / "final_model.ptz").read_bytes() == packed
+    assert result_in(tmp_path)["training"]["grid_step"] > 0
 
 
 def test_weights_are_trained_by_every_setting_but_these() -> None:
