@@ -18,6 +18,9 @@ triton = pytest.importorskip("triton")
 CUDA = torch.cuda.is_available()
 if not CUDA and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
     pytest.skip("Triton before 3.7 does not interpret loops", allow_module_level=True)
+sys.path.insert(0, str(support.REPO / "bench"))
+import products  # noqa: E402
+
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
 TOLERANCE = 1e-2 if CUDA else 1e-5  # of the norm
 
@@ -504,3 +507,29 @@ def test_the_kernels_compile_and_fit_a_hopper_gpus_memory() -> None:
     for name, shared, tensor_cores in lines:
         assert int(shared) <= 232_448
         assert (tensor_cores == "True") == (name == "linear_relu2_kernel")
+
+
+@pytest.mark.parametrize("tiling", products.TILINGS, ids=lambda t: "x".join(map(str, t)))
+def test_any_tiling_of_the_products_gives_the_result_of_the_chosen_one(
+    tiling: products.Tiling,
+) -> None:
+    """Rows and columns leave partial tiles."""
+    a, b = tensors((300, 128), (200, 128))
+    scale = torch.linspace(0.5, 2.0, 300, device=DEVICE)
+    post = tg.linear_relu2(a, b, scale, 0.5)
+    assert_near(products.product(tiling, a, b, scale, 0.5), post)
+    expected = tg.linear_relu2(a, b, scale, 0.5, post)
+    assert_near(products.product(tiling, a, b, scale, 0.5, post), expected)
+
+
+def test_the_tilings_fit_a_processor_of_an_h100() -> None:
+    chosen, *_ = products.TILINGS
+    assert chosen[:3] == tg.RELU2_TILE
+    for tiling in products.TILINGS:
+        assert tiling.programs * tiling.shared_bytes <= products.SHARED_BYTES, tiling
+        assert tiling.programs * 32 * tiling.warps <= 2048
+
+
+def test_without_a_gpu_the_products_end_with_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "no GPU" in support.refusal(products.main)
