@@ -1,12 +1,14 @@
 """Trains variants of a run, each in a process of its own, and appends a table row for each.
 
     python bench/ablate.py "base" "qk 4 (-0.004): QK_GAIN_INIT=4" "no smear (+0.002): OFF=smear"
-    WORKERS=3 python bench/ablate.py ...   # one compiles while others train: bpb, no step times
+    WORKERS=2 python bench/ablate.py ...   # with two GPUs, each run has one to itself
+    WORKERS=3 python bench/ablate.py ...   # with one, they share it: bpb, no step times
 
 Each argument is `name (prediction): KEY=VALUE ...`; the prediction, in packed bpb against the first
 variant, is part of the row, so that it is made before the run.  OFF=a,b leaves out or replaces
 techniques of the program: the names are those of TECHNIQUES.  The environment holds what all
-variants share (P-steps: ITERATIONS=1600 TRAIN_BATCH_TOKENS=98304 MAX_WALLCLOCK_SECONDS=0);
+variants share (P-steps: ITERATIONS=1600 TRAIN_BATCH_TOKENS=98304 MAX_WALLCLOCK_SECONDS=0;
+P-time: TRAIN_BATCH_TOKENS=98304 MAX_WALLCLOCK_SECONDS=180);
 EVAL_STRIDE=0 leaves out the sliding score; logs and weights are kept if OUTPUT_DIR names a folder
 for them.  Graphs compiled once are found again in Inductor's cache.  Rows are printed and appended
 to docs/ABLATIONS.md, or to the file that the variable TABLE names, in the order of the arguments,
@@ -19,14 +21,16 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from queue import SimpleQueue
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -233,13 +237,35 @@ def run_variant(variant: Variant) -> Result:
     return Result(scores, facts.step_avg_ms, facts.step_stop, size, facts.seed)
 
 
-def in_a_process(variant: Variant, running: list[subprocess.Popen[str]]) -> Result | str:
-    """The result of the variant or, where it fails, the last line that it had to say; its process
-    joins those `running`."""
+def gpus_of(env: Mapping[str, str]) -> tuple[list[str], str]:
+    """Numbers of the GPUs at hand, and their name; one empty number where there is none."""
+    listed: list[str] = []
+    name = f"{os.cpu_count()}-core CPU"
+    if shutil.which("nvidia-smi"):
+        query = ["nvidia-smi", "--query-gpu=index,name", "--format=csv,noheader"]
+        lines = subprocess.run(query, capture_output=True, text=True).stdout.splitlines()
+        pairs = [line.split(", ", 1) for line in lines if ", " in line]
+        listed = [number for number, _ in pairs]
+        name = pairs[0][1] if pairs else name
+    chosen = env.get("CUDA_VISIBLE_DEVICES")
+    if listed and chosen is not None:
+        listed = [number for number in chosen.split(",") if number]
+    return listed or [""], name
+
+
+def in_a_process(
+    variant: Variant, running: list[subprocess.Popen[str]], gpu: str = ""
+) -> Result | str:
+    """The result of the variant or, where it fails, the last line that it had to say.
+
+    Its process joins those `running`; it sees `gpu` alone, if that is named.
+    """
     command = [sys.executable, str(Path(__file__).resolve()), "--one", json.dumps(variant)]
     with tempfile.TemporaryDirectory() as folder:
         mine = Path(os.environ.get("OUTPUT_DIR", folder), re.sub(r"\W+", "_", variant.name))
         environment = {**os.environ, "OUTPUT_DIR": str(mine)}
+        if gpu:
+            environment["CUDA_VISIBLE_DEVICES"] = gpu
         pipe = subprocess.PIPE
         with subprocess.Popen(
             command, stdout=pipe, stderr=pipe, text=True, env=environment
@@ -302,10 +328,21 @@ def main(arguments: list[str], table: Path, workers: int = 1) -> None:
     base: Result | None = None
     head = f"\n{HEADER}\n"
     running: list[subprocess.Popen[str]] = []
+    gpus, _ = gpus_of(os.environ)
+    free: SimpleQueue[str] = SimpleQueue()
+    for number in range(workers):
+        free.put(gpus[number % len(gpus)])
+
+    def measure(variant: Variant) -> Result | str:
+        gpu = free.get()
+        try:
+            return in_a_process(variant, running, gpu)
+        finally:
+            free.put(gpu)
+
     with ThreadPoolExecutor(workers) as pool, ended_by_sigterm(pool, running):
-        results = pool.map(lambda variant: in_a_process(variant, running), variants)
-        for variant, result in zip(variants, results, strict=True):
-            line = row(variant, result, base, shared=workers > 1)
+        for variant, result in zip(variants, pool.map(measure, variants), strict=True):
+            line = row(variant, result, base, shared=workers > len(gpus))
             print(line, flush=True)
             with table.open("a") as file:
                 file.write(f"{head}{line}\n")

@@ -22,7 +22,6 @@ import json
 import math
 import os
 import re
-import shutil
 import signal
 import statistics
 import subprocess
@@ -424,22 +423,6 @@ def record_of(row: Row, result: ablate.Result | str, facts: Record) -> Record:
     return record | facts
 
 
-def gpus_of(env: Mapping[str, str]) -> tuple[list[str], str]:
-    """Numbers of the GPUs at hand, and their name; one empty number where there is none."""
-    listed: list[str] = []
-    name = f"{os.cpu_count()}-core CPU"
-    if shutil.which("nvidia-smi"):
-        query = ["nvidia-smi", "--query-gpu=index,name", "--format=csv,noheader"]
-        lines = subprocess.run(query, capture_output=True, text=True).stdout.splitlines()
-        pairs = [line.split(", ", 1) for line in lines if ", " in line]
-        listed = [number for number, _ in pairs]
-        name = pairs[0][1] if pairs else name
-    chosen = env.get("CUDA_VISIBLE_DEVICES")
-    if listed and chosen is not None:
-        listed = [number for number in chosen.split(",") if number]
-    return listed or [""], name
-
-
 def corpus_label(name: str, data_path: str) -> str:
     """The corpus's name and the tokens that its folder holds, e.g. `larger 254.5M+3.1M`.
 
@@ -487,7 +470,7 @@ def run(options: argparse.Namespace) -> None:
     records = read_records(options.rows)
     todo = open_rows(newest(records, options.corpus), options.only, options.again)
     check_rows(todo, tg, os.environ)
-    gpus, hardware = gpus_of(os.environ)
+    gpus, hardware = ablate.gpus_of(os.environ)
     slots = [gpus[i % len(gpus)] for i in range(options.workers)]
     sharing = math.ceil(options.workers / len(gpus))
     facts = facts_of_call(options, hardware, tg) | {"sharing": sharing}

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -351,6 +352,44 @@ def test_rows_come_in_order_and_a_failure_stops_nothing(small: Path) -> None:
     assert smear[:2] == ["| no smear", "OFF=smear"]
     assert torch.load(small / "out/longer/final_model.pt", weights_only=True)
     assert not list((small / "out").glob("*/*.json")), "a variant is no seed of a submission"
+
+
+NVIDIA_SMI = "#!/bin/sh\necho '0, NVIDIA H100'\necho '1, NVIDIA H100'\n"
+
+
+@pytest.mark.parametrize(
+    ("visible", "expected"), [(None, ["0", "1"]), ("1", ["1"]), ("3,5", ["3", "5"]), ("", [""])]
+)
+def test_the_gpus_are_those_of_the_machine_that_are_visible(
+    visible: str | None, expected: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "nvidia-smi").write_text(NVIDIA_SMI)
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    env = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    assert ablate.gpus_of(env) == (expected, "NVIDIA H100")
+
+
+def test_runs_at_the_same_time_have_a_gpu_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next run takes the GPU that is free; times count, as nobody shares."""
+    monkeypatch.setattr(ablate, "gpus_of", lambda env: (["0", "1"], "a GPU"))
+    used: list[tuple[str, str]] = []
+    together = threading.Barrier(2)
+
+    def run(variant: ablate.Variant, running: object, gpu: str) -> ablate.Result:
+        together.wait(timeout=20)
+        used.append((variant.name, gpu))
+        scores = {"trained": 1.2, "averaged": 1.2, "packed": 1.2}
+        return ablate.Result(scores, ms=72.25, steps=3, size=9, seed=1)
+
+    monkeypatch.setattr(ablate, "in_a_process", run)
+    ablate.main(["a", "b", "c", "d"], tmp_path / "TABLE.md", workers=2)
+    names, gpus = zip(*used, strict=True)
+    assert sorted(names) == ["a", "b", "c", "d"] and sorted(gpus) == ["0", "0", "1", "1"]
+    assert {gpu for name, gpu in used if name in "ab"} == {"0", "1"}
+    assert (tmp_path / "TABLE.md").read_text().count("| 72.2 | 3 |") == 4
 
 
 def test_sigterm_keeps_the_row_under_way_and_starts_no_other(small: Path) -> None:
