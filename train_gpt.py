@@ -311,7 +311,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # The card plus what pays but is none of its named techniques.
     "frontier": dict(
         run_id="frontier",
-        vocab_size=8192,
+        vocab_size=8192,  # of case-marked text: pieces go to words, not to their capital twins
         data_path="./data/datasets/fineweb_case_sp8192",
         tokenizer_path="./data/tokenizers/fineweb_case_8192_bpe.model",
         mlp_hidden=1536,
@@ -1347,6 +1347,7 @@ def token_losses(x_BTD: Tensor, table_VD: Tensor, targets_BT: Tensor, softcap: f
 
 
 def mean_token_loss(x_BTD: Tensor, table_VD: Tensor, targets_BT: Tensor, softcap: float) -> Tensor:
+    """Their float32 mean, 0-d: the plain twin of FusedLoss."""
     return token_losses(x_BTD, table_VD, targets_BT, softcap).mean()
 
 
