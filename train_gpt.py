@@ -1469,9 +1469,23 @@ class GPT(nn.Module):
 # on first reading.
 jit = triton.jit if triton else lambda function: function
 PROCESSORS = 132  # of an H100 or H200; with more programs than these, some would wait
-RELU2_TILE = (256, 128, 64)  # rows, columns, depth; widths of n x 128 leave no partial tile
 HEAD_ROWS = 16  # tokens that one program of the kernel for heads takes
 LOSS_VALUES, LOSS_REGISTERS = 32, 64  # of a thread of the loss's kernel: logits, registers
+
+
+class Tiling(NamedTuple):
+    """How a product is cut up for the programs that compute it."""
+
+    rows: int  # of the output tile that a program computes at a time
+    columns: int
+    depth: int  # of the product, loaded at a time
+    warps: int
+    stages: int  # of loads under way
+    programs: int  # that a processor holds
+
+
+# Widths of n x 128 leave no partial tile.  bench/products.py times others.
+RELU2_TILING = Tiling(256, 128, 64, warps=8, stages=4, programs=1)
 
 
 def attention_candidates() -> dict[str, Attend]:
@@ -1541,21 +1555,30 @@ def linear_relu2(
 ) -> Tensor:
     """leaky_relu(a b^T scale)^2; given that as `post`, instead a b^T scale times the derivative."""
     out_MN = a_MK.new_empty(len(a_MK), len(b_NK))
-    rows, columns, depth = RELU2_TILE
+    tiling = RELU2_TILING
 
     def tiles_of(tensor: Tensor, block: list[int]) -> Any:
         return TensorDescriptor.from_tensor(tensor.contiguous(), block)
 
-    a = tiles_of(a_MK, [rows, depth])
-    b = tiles_of(b_NK, [columns, depth])
-    out = tiles_of(out_MN, [rows, columns // 4])
+    quarter = [tiling.rows, tiling.columns // 4]
+    a = tiles_of(a_MK, [tiling.rows, tiling.depth])
+    b = tiles_of(b_NK, [tiling.columns, tiling.depth])
+    out = tiles_of(out_MN, quarter)
     post = out  # forward: not read
     backward = post_MN is not None
     if post_MN is not None:
-        post = tiles_of(post_MN, [rows, columns // 4])
-    tiles = math.ceil(len(a_MK) / rows) * math.ceil(len(b_NK) / columns)
-    linear_relu2_kernel[(min(tiles, PROCESSORS),)](
-        a, b, scale_M, post, out, slope, backward, num_warps=8, num_stages=4
+        post = tiles_of(post_MN, quarter)
+    tiles = math.ceil(len(a_MK) / tiling.rows) * math.ceil(len(b_NK) / tiling.columns)
+    linear_relu2_kernel[(min(tiles, tiling.programs * PROCESSORS),)](
+        a,
+        b,
+        scale_M,
+        post,
+        out,
+        slope,
+        backward,
+        num_warps=tiling.warps,
+        num_stages=tiling.stages,
     )
     return out_MN
 

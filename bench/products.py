@@ -4,12 +4,12 @@
 
 Forward is leaky_relu(x up^T)^2, backward dy down^T times the derivative; cuBLAS does the product
 alone.  Shapes are the card's (98,304 tokens, 512 x 2048) unless environment variables override the
-hyperparameters.  The first tiling is the one in train_gpt.py; where another gives other
-bits, its row says so.
+hyperparameters.  The first tiling is the one in train_gpt.py; a row says so where another tiling
+gives other bits.
 
-Why tiles matter here: the product is short (8 steps of depth 64), so what follows it, a third of
-the instructions and in backward four waits for `post`, is as long as the product itself.  Where a
-processor holds two programs, one computes while the other waits.
+Why tiles matter here: the product is short, 8 steps of depth 64.  What follows it, in backward with
+four waits for `post`, takes as long as the product itself.  Where a processor holds two programs,
+one computes while the other waits.
 """
 
 from __future__ import annotations
@@ -18,79 +18,37 @@ import functools
 import os
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 import timing
 import train_gpt as tg
 
 SHARED_BYTES = 227 * 1024  # of a processor of an H100, for all programs that it holds
 
-
-class Tiling(NamedTuple):
-    rows: int
-    columns: int
-    depth: int  # of the product, at a time
-    warps: int
-    stages: int  # of loads under way
-    programs: int  # that a processor holds
-
-    @property
-    def shared_bytes(self) -> int:
-        """Of one program in bfloat16: stages of both inputs, a quarter of post and of the output.
-
-        Loads and stores that are still under way need some more.
-        """
-        inputs = self.stages * (self.rows + self.columns) * self.depth
-        return 2 * (inputs + 2 * self.rows * self.columns // 4)
-
-
 TILINGS = (
-    Tiling(*tg.RELU2_TILE, warps=8, stages=4, programs=1),
-    Tiling(256, 128, 64, warps=8, stages=3, programs=1),
-    Tiling(128, 256, 64, warps=8, stages=4, programs=1),
-    Tiling(128, 256, 64, warps=8, stages=3, programs=1),
-    Tiling(128, 128, 64, warps=4, stages=3, programs=2),
-    Tiling(128, 128, 64, warps=8, stages=3, programs=2),
-    Tiling(128, 128, 64, warps=4, stages=2, programs=2),
-    Tiling(128, 128, 32, warps=4, stages=4, programs=2),
-    Tiling(64, 256, 64, warps=4, stages=2, programs=2),
+    tg.RELU2_TILING,
+    tg.Tiling(256, 128, 64, warps=8, stages=3, programs=1),
+    tg.Tiling(128, 256, 64, warps=8, stages=4, programs=1),
+    tg.Tiling(128, 256, 64, warps=8, stages=3, programs=1),
+    tg.Tiling(128, 128, 64, warps=4, stages=3, programs=2),
+    tg.Tiling(128, 128, 64, warps=8, stages=3, programs=2),
+    tg.Tiling(128, 128, 64, warps=4, stages=2, programs=2),
+    tg.Tiling(128, 128, 32, warps=4, stages=4, programs=2),
+    tg.Tiling(64, 256, 64, warps=4, stages=2, programs=2),
 )
 
 
-def product(
-    tiling: Tiling,
-    a_MK: Tensor,
-    b_NK: Tensor,
-    scale_M: Tensor,
-    slope: float,
-    post_MN: Tensor | None = None,
-) -> Tensor:
-    """`linear_relu2` of train_gpt.py by another tiling."""
-    out_MN = a_MK.new_empty(len(a_MK), len(b_NK))
+def shared_bytes(tiling: tg.Tiling) -> int:
+    """Of one program in bfloat16: stages of both inputs, a quarter of post and of the output.
 
-    def tiles_of(tensor: Tensor, *block: int) -> TensorDescriptor:
-        return TensorDescriptor.from_tensor(tensor, list(block))
-
-    quarter = (tiling.rows, tiling.columns // 4)
-    tiles = -(-len(a_MK) // tiling.rows) * -(-len(b_NK) // tiling.columns)
-    tg.linear_relu2_kernel[(min(tiles, tiling.programs * tg.PROCESSORS),)](
-        tiles_of(a_MK, tiling.rows, tiling.depth),
-        tiles_of(b_NK, tiling.columns, tiling.depth),
-        scale_M,
-        tiles_of(out_MN if post_MN is None else post_MN, *quarter),
-        tiles_of(out_MN, *quarter),
-        slope,
-        post_MN is not None,
-        num_warps=tiling.warps,
-        num_stages=tiling.stages,
-    )
-    return out_MN
+    Loads and stores that are still under way need some more.
+    """
+    inputs = tiling.stages * (tiling.rows + tiling.columns) * tiling.depth
+    return 2 * (inputs + 2 * tiling.rows * tiling.columns // 4)
 
 
 def random(h: tg.Hyperparameters) -> list[Tensor]:
@@ -118,8 +76,9 @@ def main() -> None:
     print(f"{torch.cuda.get_device_name()}: cuBLAS, the product alone {cublas:.0f} us")
     for tiling in TILINGS:
         words = []
+        tg.RELU2_TILING = tiling
         for name, given, expected in passes:
-            run = functools.partial(product, tiling, a, b, scale, h.mlp_slope, given)
+            run = functools.partial(tg.linear_relu2, a, b, scale, h.mlp_slope, given)
             try:
                 same = torch.equal(run(), expected)
                 us = 1e3 * timing.milliseconds(run, on_cuda=True)
