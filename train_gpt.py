@@ -1485,7 +1485,7 @@ class Tiling(NamedTuple):
 
 
 # Widths of n x 128 leave no partial tile.  bench/products.py times others.
-RELU2_TILING = Tiling(256, 128, 64, warps=8, stages=4, programs=1)
+RELU2_TILING = Tiling(128, 128, 64, warps=8, stages=3, programs=2)
 
 
 def attention_candidates() -> dict[str, Attend]:
@@ -1511,8 +1511,9 @@ def linear_relu2_kernel(  # type: ignore[no-untyped-def]
     The square `post` gives |leaky_relu(u)|, but not the sign of u, so the forward pass writes that
     sign into the square's lowest bit: 1 if u is not negative.  Nothing else is stored.
 
-    Each program takes one output tile after another.  It finishes a tile in quarters, since the
-    smaller output buffer leaves shared memory for a fourth stage of loads.
+    Each program takes one output tile after another.  It finishes a tile in quarters: the smaller
+    output buffer leaves shared memory for loads.  Where an SM holds two programs, one multiplies
+    while the other stores its tile.
     """
     # The lowest bit of the output, seen in float32: bfloat16 is the upper half of a float32.
     SIGN_BIT: tl.constexpr = 1 << 16 if out_desc.dtype == tl.bfloat16 else 1

@@ -31,11 +31,11 @@ SHARED_BYTES = 227 * 1024  # of a processor of an H100, for all programs that it
 
 TILINGS = (
     tg.RELU2_TILING,
+    tg.Tiling(256, 128, 64, warps=8, stages=4, programs=1),
     tg.Tiling(256, 128, 64, warps=8, stages=3, programs=1),
     tg.Tiling(128, 256, 64, warps=8, stages=4, programs=1),
     tg.Tiling(128, 256, 64, warps=8, stages=3, programs=1),
     tg.Tiling(128, 128, 64, warps=4, stages=3, programs=2),
-    tg.Tiling(128, 128, 64, warps=8, stages=3, programs=2),
     tg.Tiling(128, 128, 64, warps=4, stages=2, programs=2),
     tg.Tiling(128, 128, 32, warps=4, stages=4, programs=2),
     tg.Tiling(64, 256, 64, warps=4, stages=2, programs=2),
