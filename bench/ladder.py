@@ -154,19 +154,19 @@ DESIGN = [
     Row("B", "MUON_MOMENTUM=0.97", 0.002, "P-time +0.0027; longer forgives"),
     Row("B", "MATRIX_LR=0.021", 0.002, "the law of 15 rows"),
     # The other sides of the optima
+    Row("D", "MUON_MOMENTUM=0.92", -0.002, "A -0.0032; longer wants more"),
+    Row("C", "MUON_MOMENTUM=0.92", -0.002, "A -0.0032; larger batch averages less"),
+    Row("B", "MUON_MOMENTUM=0.92", -0.0005, "the law of 23 rows"),
+    Row("E", "MUON_MOMENTUM=0.92", -0.003, "A -0.0032; 0.97 cost both the same"),
     Row("D", "DECAY_PER_RUN=320", 0.01, "P-time +0.0067, A +0.0180"),
     Row("E", "DECAY_PER_RUN=320", 0.015, "between A and C"),
     Row("A", "MUON_MOMENTUM=0.92", -0.001, "A's quadratic has its optimum at 0.89"),
     Row("D", "MATRIX_LR=0.042", 0.003, "A +0.0031; 0.04: +0.0029 before NorMuon"),
-    Row("E", "MATRIX_LR=0.021", 0.005, "the law of 15 rows"),
+    Row("E", "MATRIX_LR=0.021", 0.004, "the law of 23 rows"),
     Row("B", "DECAY_PER_RUN=320", 0.005, "P-time +0.0067; longer forgives"),
     Row("C", "DECAY_PER_RUN=320", 0.012, "as A; more tokens forgive a little"),
     Row("B", "MATRIX_LR=0.042", 0.003, "longer wants less"),
     Row("C", "MATRIX_LR=0.059", -0.004, "the law of 15 rows"),
-    Row("D", "MUON_MOMENTUM=0.92", 0.0005, "as A and B"),
-    Row("E", "MUON_MOMENTUM=0.92", 0, "between A and C"),
-    Row("C", "MUON_MOMENTUM=0.92", 0.001, "larger batch averages less"),
-    Row("B", "MUON_MOMENTUM=0.92", 0.001, "a small batch is noisy at the end"),
     Row("D", "OFF=steady_momentum", -0.0005, "a fall to 0.90, as fits the end's noise"),
     Row("D", "MUON_MOMENTUM=0.97 OFF=steady_momentum", 0.002, "half of 0.97's loss is at the end"),
     Row("C", "MUON_MOMENTUM=0.97 OFF=steady_momentum", 0.001, "as D"),
@@ -206,13 +206,13 @@ DESIGN = [
     # The far ends, which also test what the rest extrapolates
     Row("F", "", 0, "base"),
     Row("F", "MUON_MOMENTUM=0.97", 0, "towards the full batch"),
-    Row("F", "MATRIX_LR=0.042", -0.004, "the law of 15 rows"),
+    Row("F", "MATRIX_LR=0.042", 0.0005, "the law of 23 rows"),
     Row("F", "DECAY_PER_RUN=320", 0.007, "as E"),
     Row("G", "", 0, "base"),
     Row("G", "MUON_MOMENTUM=0.97", 0.001, "less than B"),
     Row("G", "MATRIX_LR=0.021", -0.002, "longer wants less"),
     Row("G", "DECAY_PER_RUN=320", 0.003, "less than B"),
-    Row("F", "MATRIX_LR=0.059", -0.004, "the law of 15 rows"),
+    Row("F", "MATRIX_LR=0.059", 0.003, "the law of 23 rows"),
     Row("F", "DECAY_PER_RUN=80", 0.004, "as E"),
     Row("F", "MUON_MOMENTUM=0.985", 0.003, "less than E"),
     Row("F", "MUON_MOMENTUM=0.92", 0.001, "as E"),
@@ -931,10 +931,11 @@ def draw_optima(
     axis.axhline(base, color="grey", linewidth=0.5)
     mark_sizes(axis, "x", [getattr(size, along) for size in (*RUNGS.values(), OFFICIAL)])
     low, high = axis.get_ylim()
-    mark_sizes(axis, "y", np.geomspace(max(low, base / 30), high, 6))
+    round_marks = [float(f"{mark:.2g}") for mark in np.geomspace(max(low, base / 30), high, 6)]
+    mark_sizes(axis, "y", round_marks)
     axis.set(xlabel=unit[along], ylabel=f"best {SCALES[name].label}")
     if axis.get_legend_handles_labels()[0]:
-        axis.legend(fontsize=6, loc="upper left")
+        axis.legend(fontsize=6, framealpha=0.5)
 
 
 def draw(done: Mapping[str, Record], score: str, noise: float, picture: Path) -> None:
