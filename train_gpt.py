@@ -1402,11 +1402,16 @@ class GPT(nn.Module):
         x = shared.embedded_BTD
         skips: list[Tensor] = []
         for layer in self.plan:
-            x = self.mix_in(x, layer, shared, skips)
-            x = x + self.attention(x, layer, shared)
-            x = x + self.feed_forward(x, layer, shared)
-            if layer.saves_skip:
-                skips.append(x)
+            x = self.run_layer(x, layer, shared, skips)
+        return x
+
+    def run_layer(self, x: Tensor, layer: LayerPlan, shared: Shared, skips: list[Tensor]) -> Tensor:
+        """The stream behind the layer; `skips` is the stack on which layers leave theirs."""
+        x = self.mix_in(x, layer, shared, skips)
+        x = x + self.attention(x, layer, shared)
+        x = x + self.feed_forward(x, layer, shared)
+        if layer.saves_skip:
+            skips.append(x)
         return x
 
     def shared(self, inputs_BT: Tensor) -> Shared:
@@ -1434,20 +1439,27 @@ class GPT(nn.Module):
         return keep * x + mixed
 
     def attention(self, x_BTD: Tensor, layer: LayerPlan, shared: Shared) -> Tensor:
-        i = layer.number
         normed = rms_norm(x_BTD) * layer.depth_scale
-        q, k, v = self.kernels.heads(normed, shared.qkv_CD[i], self.q_gain[i], shared.rotary)
+        q, k, v = self.heads(normed, layer, shared)
+        y = self.kernels.attend(q, k, v)
+        if layer.excludes_self:
+            y = exclude_self(y, v)
+        if self.h.gate_dims:
+            y = gate_heads(y, normed, self.attn_gate[layer.number])
+        return F.linear(y.flatten(2), shared.out_DD[layer.number])
+
+    def heads(
+        self, normed_BTD: Tensor, layer: LayerPlan, shared: Shared
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """q (B,T,H,E), k and v (B,T,K,E) as attention takes them."""
+        i = layer.number
+        q, k, v = self.kernels.heads(normed_BTD, shared.qkv_CD[i], self.q_gain[i], shared.rotary)
         if self.h.key_shift:
             k = shift_keys(k, self.h.rope_dims)
         if layer.value_embedding is not None:
             scale = self.ve_scale[layer.value_embedding]
             v = add_value_embedding(v, shared.value_embedding_BTC, scale)
-        y = self.kernels.attend(q, k, v)
-        if layer.excludes_self:
-            y = exclude_self(y, v)
-        if self.h.gate_dims:
-            y = gate_heads(y, normed, self.attn_gate[i])
-        return F.linear(y.flatten(2), shared.out_DD[i])
+        return q, k, v
 
     def feed_forward(self, x_BTD: Tensor, layer: LayerPlan, shared: Shared) -> Tensor:
         up = shared.up_ND[layer.number]
@@ -3062,12 +3074,12 @@ def capture(function: Callable[..., Any], *held: Tensor) -> Callable[..., Any]:
 
 @dataclass
 class StepGraphs:
-    """CUDA graphs of the parts of a step; a part without one is launched kernel by kernel."""
+    """CUDA graphs of the parts of a step; a part without one is launched kernel by kernel.
 
-    # By the plan of the model's layers: a run may change it on the way.
-    gradients: dict[Plan, Callable[[Tensor], list[Tensor]]] = dataclasses.field(
-        default_factory=dict
-    )
+    Those of the update read the tensors into which that of the gradients writes.
+    """
+
+    gradients: Callable[[Tensor], list[Tensor]] | None = None
     update: Callable[[], Tensor] | None = None
     update_late_qat: Callable[[], Tensor] | None = None
 
@@ -3085,7 +3097,8 @@ class Trainer:
         first = runtime.rank * self.layout.local
         self.rows = range(first, first + self.layout.local)  # of every batch, this rank's
         self.loss = runtime.compile(mean_loss)
-        self.graphs = StepGraphs()
+        # By the plan of the model's layers: a run may change it on the way.
+        self.graphs = collections.defaultdict[Plan, StepGraphs](StepGraphs)
         self.qat_steps = 0
         self.graphs_warmed_up = 0  # compiled by the end of the warm-up
 
@@ -3111,8 +3124,8 @@ class Trainer:
         return self.update(sums)
 
     def gradients(self, tokens: Tensor) -> list[Tensor]:
-        gradients = self.graphs.gradients.get(self.model.plan, self.loss_and_gradients)
-        return gradients(tokens)
+        graph = self.graphs[self.model.plan].gradients
+        return graph(tokens) if graph else self.loss_and_gradients(tokens)
 
     def loss_and_gradients(self, tokens: Tensor) -> list[Tensor]:
         """Share of the global mean loss of one micro-batch, then its gradient by parameter."""
@@ -3121,8 +3134,8 @@ class Trainer:
 
     def update(self, sums: list[Tensor]) -> Tensor:
         """The optimizer's step; a graph of it reads the tensors that it was captured with."""
-        late_qat = self.optimizer.late_qat.on
-        graph = self.graphs.update_late_qat if late_qat else self.graphs.update
+        graphs = self.graphs[self.model.plan]
+        graph = graphs.update_late_qat if self.optimizer.late_qat.on else graphs.update
         return graph() if graph else self.optimizer.update(sums[0], sums[1:])
 
     def capture(self, tokens: Tensor) -> None:
@@ -3132,18 +3145,18 @@ class Trainer:
         Collectives and sums of micro-batches come between the two, so the update is captured only
         where there are none.
         """
-        if self.model.plan not in self.graphs.gradients:
+        graphs = self.graphs[self.model.plan]
+        if not graphs.gradients:
             micro_batch = tokens.chunk(self.layout.micro)[0].clone()
-            graph = capture(self.loss_and_gradients, micro_batch)
-            self.graphs.gradients[self.model.plan] = graph
+            graphs.gradients = capture(self.loss_and_gradients, micro_batch)
         if self.layout.micro > 1 or self.runtime.world_size > 1:
             return
         sums = self.gradients(tokens)
         update = capture(lambda: self.optimizer.update(sums[0], sums[1:]))
         if self.optimizer.late_qat.on:
-            self.graphs.update_late_qat = update
+            graphs.update_late_qat = update
         else:
-            self.graphs.update = update
+            graphs.update = update
 
     def warm_up(self, evaluator: Evaluator) -> None:
         """Compiles and runs every graph on random tokens, then undoes it bit for bit."""
@@ -3414,9 +3427,7 @@ def train(
             now = plan_step(h, step, elapsed, progress)
             progress = now.progress
             step += 1
-            if now.lr < h.qat_threshold and not optimizer.late_qat.on:
-                grid_step = optimizer.start_late_qat(trainer.weight_bytes())
-                log(f"late_qat:on step:{step} lr_scale:{now.lr:.4f} grid_step:{grid_step:.6g}")
+            switch_on(trainer, now, step, log)
             lr = now.lr * lr_warmup(h, step)
             loss = trainer.train_step(batch.tokens, lr, now.decay, spoiled=bool(batch.fault))
             data_fault = data_fault or batch.fault
@@ -3432,6 +3443,14 @@ def train(
         facts = training_facts(trainer, plan, clock, losses, step, interrupted)
         log(f"training {facts}")
         return trainer.stages(), facts
+
+
+def switch_on(trainer: Trainer, now: StepPlan, step: int, log: RunLog) -> None:
+    """What begins on the way and is due before this step: late QAT."""
+    optimizer = trainer.optimizer
+    if now.lr < trainer.h.qat_threshold and not optimizer.late_qat.on:
+        grid_step = optimizer.start_late_qat(trainer.weight_bytes())
+        log(f"late_qat:on step:{step} lr_scale:{now.lr:.4f} grid_step:{grid_step:.6g}")
 
 
 def validate(

@@ -1,12 +1,14 @@
 """Trains variants of a run, each in a process of its own, and appends a table row for each.
 
     python bench/ablate.py "base" "qk 4 (-0.004): QK_GAIN_INIT=4" "no smear (+0.002): OFF=smear"
+    python bench/ablate.py "base" "looped (-0.002): ON=loops LOOP_FROM=0.5"
     WORKERS=2 python bench/ablate.py ...   # with two GPUs, each run has one to itself
     WORKERS=3 python bench/ablate.py ...   # with one, they share it: bpb, no step times
 
 Each argument is `name (prediction): KEY=VALUE ...`; the prediction, in packed bpb against the first
 variant, is part of the row, so that it is made before the run.  OFF=a,b leaves out or replaces
-techniques of the program: the names are those of TECHNIQUES.  The environment holds what all
+techniques of the program: the names are those of TECHNIQUES.  ON=a,b adds candidates, which are
+not in the program: bench/candidates.py has their names and options.  The environment holds what all
 variants share (P-steps: ITERATIONS=1600 TRAIN_BATCH_TOKENS=98304 MAX_WALLCLOCK_SECONDS=0;
 P-time: TRAIN_BATCH_TOKENS=98304 MAX_WALLCLOCK_SECONDS=180);
 EVAL_STRIDE=0 leaves out the sliding score; logs and weights are kept if OUTPUT_DIR names a folder
@@ -18,6 +20,7 @@ the runs under way and starts no other; the rows of both are written.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -39,7 +42,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import candidates
 import train_gpt as tg
+from candidates import Candidate, Mistake, Replacement
 from prepare_data import with_sample
 
 REPO = Path(__file__).resolve().parents[1]
@@ -136,17 +141,9 @@ def falling_momentum(h: tg.Hyperparameters, steps_done: Tensor) -> Tensor:
     return LOWEST_MOMENTUM + (muon_momentum(h, steps_done) - LOWEST_MOMENTUM) * share
 
 
-class Replacement(NamedTuple):
-    """What a technique is left out by: another value of an attribute."""
-
-    owner: object  # train_gpt or a class of it
-    attribute: str
-    value: object
-
-
 MUON_COEFFICIENTS = ((3.4445, -4.7750, 2.0315),) * 5  # Jordan et al., 2024
 
-TECHNIQUES = {
+TECHNIQUES = {  # what each is left out by
     "smear": Replacement(tg, "smear", no_smear),
     "smear_by_token": Replacement(tg, "smear_factor", same_smear_factor),
     "smear_bos_mask": Replacement(tg, "has_previous", has_previous_in_window),
@@ -176,12 +173,21 @@ class Variant(NamedTuple):
     @property
     def off(self) -> list[str]:
         """Techniques that it leaves out."""
-        return [name for name in self.overrides.get("OFF", "").split(",") if name]
+        return self.names("OFF")
+
+    @property
+    def on(self) -> list[Candidate]:
+        """Candidates that it adds.  Raises Mistake for one or an option that there is not."""
+        return candidates.chosen(self.names("ON"), self.overrides)
+
+    def names(self, key: str) -> list[str]:
+        return [name for name in self.overrides.get(key, "").split(",") if name]
 
     @property
     def environment(self) -> dict[str, str]:
-        """What all variants share, and what this one overrides."""
-        return os.environ | {key: text for key, text in self.overrides.items() if key != "OFF"}
+        """The settings that all variants share, and those that this one overrides."""
+        ours = {"OFF", "ON", *candidates.OPTIONS}
+        return os.environ | {key: text for key, text in self.overrides.items() if key not in ours}
 
 
 class Result(NamedTuple):
@@ -192,10 +198,6 @@ class Result(NamedTuple):
     steps: int
     size: int
     seed: int
-
-
-class Mistake(Exception):
-    """Of the arguments, with the remedy."""
 
 
 def parse(argument: str) -> Variant:
@@ -214,12 +216,30 @@ def check(variant: Variant) -> None:
     for name in variant.off:
         if name not in TECHNIQUES:
             raise Mistake(f"OFF={name}: unknown; choose of {', '.join(TECHNIQUES)}")
+    added = variant.on
     try:
         h = tg.Hyperparameters.from_env(variant.environment)
     except tg.RunError as error:
         raise Mistake(str(error)) from None
     if h.eval_only:
         raise Mistake(f"EVAL_ONLY={h.eval_only}: a variant is trained; unset it")
+    candidates.check(added, h)
+    check_keys(variant)
+
+
+def check_keys(variant: Variant) -> None:
+    """Raises Mistake for a key that would change nothing."""
+    settings = {field.name.upper() for field in dataclasses.fields(tg.Hyperparameters)}
+    known = {"PRESET", "OFF", "ON"} | settings | candidates.OPTIONS.keys()
+    for key, text in variant.overrides.items():
+        if key not in known:
+            options = ", ".join(candidates.OPTIONS)
+            raise Mistake(f"{key}={text}: no setting; options of candidates are {options}")
+    for key, name in candidates.OPTIONS.items():
+        if key in os.environ:
+            raise Mistake(
+                f"{key} is in the environment; write it into the variant: ON={name} {key}="
+            )
 
 
 def run_variant(variant: Variant) -> Result:
@@ -227,6 +247,7 @@ def run_variant(variant: Variant) -> Result:
     for name in variant.off:
         replacement = TECHNIQUES[name]
         setattr(replacement.owner, replacement.attribute, replacement.value)
+    candidates.install(variant.on)
     tg.write_result = lambda *_: None  # a variant is no seed of a submission
     h = with_sample(tg.Hyperparameters.from_env(variant.environment))
     result = tg.run(h, tg.Runtime.start(h, {}))

@@ -116,7 +116,7 @@ def test_the_step_as_cuda_graphs_follows_the_launched_one(micro: int, kernels: t
             trainer.train_step(batches[0], 1.0)
             if graph:
                 trainer.capture(batches[0])
-        graphs = trainer.graphs
+        graphs = trainer.graphs[trainer.model.plan]
         updates = [graphs.update, graphs.update_late_qat]
         assert bool(graphs.gradients) == graph
         assert [bool(update) for update in updates] == [graph and micro == 1024] * 2

@@ -1,0 +1,405 @@
+"""Candidates: techniques that are measured before they may enter train_gpt.py.
+
+bench/ablate.py installs them in a run's own process: ON=loops,mudd and, as further KEY=VALUE of the
+variant, their options, which are the fields of the classes here.  A candidate is a patch of
+train_gpt.py: other values for some attributes.  Each value calls the one that it takes the place
+of, so candidates add up, in any order.  All of a candidate's numbers stay constant within a graph:
+only a change of the model's plan asks for another, which the warm-up compiles.
+
+What a candidate packs can be scored in its own process alone: train_gpt.py would take the artifact
+for one of its own and leave out what it does not know.  Its lines here are not in the bytes of the
+table; they would be 2 to 4 kB.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import train_gpt as tg
+
+
+class Mistake(Exception):
+    """Of the arguments, with the remedy."""
+
+
+class Replacement(NamedTuple):
+    """Another value of an attribute."""
+
+    owner: object  # train_gpt or a class of it
+    attribute: str
+    value: object
+
+
+class Candidate(Protocol):
+    """A technique with the values of its options."""
+
+    def check(self, h: tg.Hyperparameters) -> None:
+        """Raises Mistake for options that cannot run."""
+
+    def replacements(self) -> list[Replacement]:
+        """The patch, of train_gpt.py as it is at the time of the call."""
+
+
+def require(holds: bool, message: str) -> None:
+    if not holds:
+        raise Mistake(message)
+
+
+# Depth recurrence
+
+
+class Loops(NamedTuple):
+    """Depth recurrence: some layers in the middle run again in sequence, with the same weights.
+
+    With the defaults the order becomes 0 1 2 3 4 5 3 4 5 6 ... 10, from 35 % of the run on
+    (pg#1204, pg#1331).  The pairs of the U-Net stay: a looped layer leaves or takes its skip on its
+    last pass.  Scores after the training are those of the looped order; validations on the way are
+    those of the order that trains then.
+    """
+
+    loop_first: int = 3
+    loop_last: int = 5  # inclusive
+    loop_repeats: int = 1  # passes beyond the first
+    loop_from: float = 0.35  # progress of the run, as `progress_of` defines it
+
+    def check(self, h: tg.Hyperparameters) -> None:
+        layers = h.num_layers
+        require(
+            0 <= self.loop_first <= self.loop_last < layers,
+            f"LOOP_FIRST={self.loop_first} LOOP_LAST={self.loop_last}: expected layers of 0 to "
+            f"{layers - 1}, in this order; set both",
+        )
+        require(
+            self.loop_repeats >= 1,
+            f"LOOP_REPEATS={self.loop_repeats}: expected 1 or more; leave out ON=loops for none",
+        )
+        require(
+            0 <= self.loop_from <= 1,
+            f"LOOP_FROM={self.loop_from}: expected a share of the run; set it within 0 to 1",
+        )
+
+    def looped(self, plan: tg.Plan) -> tg.Plan:
+        """`plan`, which has each layer once, with the loops."""
+        stop = self.loop_last + 1
+        section = plan[self.loop_first : stop]
+        early = tuple(layer._replace(saves_skip=False, skip=None) for layer in section)
+        return plan[: self.loop_first] + early * self.loop_repeats + plan[self.loop_first :]
+
+    def replacements(self) -> list[Replacement]:
+        """The trainer's model begins without loops; all others have them from the start.
+
+        The warm-up runs, and on CUDA captures, the steps and the evaluation of both orders.
+        """
+        plain_plan = tg.layer_plan
+        new_trainer = tg.Trainer.__init__
+        warm_up_steps = tg.Trainer.warm_up_steps
+        warm_up = tg.Evaluator.warm_up
+        switch_on = tg.switch_on
+
+        def looped_plan(h: tg.Hyperparameters) -> tg.Plan:
+            return self.looped(plain_plan(h))
+
+        def trainer_without(trainer: tg.Trainer, h: tg.Hyperparameters, *rest: Any) -> None:
+            new_trainer(trainer, h, *rest)
+            trainer.model.plan = plain_plan(h)
+
+        def in_each_order(model: tg.GPT, run: Callable[[], None]) -> None:
+            before = model.plan
+            for plan in (plain_plan(model.h), looped_plan(model.h)):
+                model.plan = plan
+                run()
+            model.plan = before
+
+        def warm_up_steps_of_both(trainer: tg.Trainer, generator: torch.Generator) -> None:
+            in_each_order(trainer.model, lambda: warm_up_steps(trainer, generator))
+
+        def warm_up_both(evaluator: tg.Evaluator, model: tg.GPT) -> None:
+            in_each_order(model, lambda: warm_up(evaluator, model))
+
+        def switch_on_loops(
+            trainer: tg.Trainer, now: tg.StepPlan, step: int, log: tg.RunLog
+        ) -> None:
+            looped = looped_plan(trainer.h)
+            if now.progress >= self.loop_from and trainer.model.plan != looped:
+                trainer.model.plan = looped
+                log(f"loops:on step:{step} progress:{now.progress:.4f} layers:{len(looped)}")
+            switch_on(trainer, now, step, log)
+
+        return [
+            Replacement(tg, "layer_plan", looped_plan),
+            Replacement(tg.Trainer, "__init__", trainer_without),
+            Replacement(tg.Trainer, "warm_up_steps", warm_up_steps_of_both),
+            Replacement(tg.Evaluator, "warm_up", warm_up_both),
+            Replacement(tg, "switch_on", switch_on_loops),
+        ]
+
+
+# Two lanes
+
+
+def fill_route(w: Tensor, generator: torch.Generator) -> Tensor:
+    """(L, 2, 2): more of an output to the lane that it was read from (pg#1518)."""
+    w[:] = torch.tensor([[1.3, 0.7], [0.7, 1.3]])
+    return w
+
+
+def mean(lanes: tuple[Tensor, Tensor]) -> Tensor:
+    return 0.5 * (lanes[0] + lanes[1])
+
+
+class Lanes(NamedTuple):
+    """Two residual lanes in the last layers (pg#1529): attention reads one, the MLP the other.
+
+    Both lanes start as the stream.  Each output is added to both lanes, times learned factors
+    `lane_route` (LANE_LAYERS, output: attention or MLP, lane).  So attention and MLP of a layer do
+    not depend on each other.  Skip and embedding are mixed into both lanes alike.  At the end
+    stands the plain mean of the lanes.  With the starting factors it gets each output once, as the
+    stream does; learned weights could only say again how much of an output counts, which the
+    routing says.
+    """
+
+    lane_layers: int = 3  # the last ones
+
+    def check(self, h: tg.Hyperparameters) -> None:
+        require(
+            1 <= self.lane_layers <= h.num_layers,
+            f"LANE_LAYERS={self.lane_layers}: expected 1 to {h.num_layers}, the number of layers",
+        )
+
+    def replacements(self) -> list[Replacement]:
+        parameter_table = tg.parameter_table
+        run_layer = tg.GPT.run_layer
+
+        def table(h: tg.Hyperparameters) -> dict[str, tg.ParameterRow]:
+            route = tg.ParameterRow((self.lane_layers, 2, 2), "scalar", fill_route)
+            return parameter_table(h) | {"lane_route": route}
+
+        def run_layer_in_lanes(
+            model: tg.GPT, x: Any, layer: tg.LayerPlan, shared: tg.Shared, skips: list[Tensor]
+        ) -> Any:
+            """From the first of these layers to the last, the stream is a pair of lanes."""
+            last = model.h.num_layers - 1
+            row = layer.number - last - 1 + self.lane_layers
+            parted = isinstance(x, tuple)
+            if row < 0:
+                x = mean(x) if parted else x  # a loop leads back before the lanes
+                return run_layer(model, x, layer, shared, skips)
+
+            if parted:
+                first = model.mix_in(x[0], layer, shared, skips)
+                # `mix_in` is affine in the stream, and takes the skip from its stack but once.
+                second = first + model.resid_mix[layer.number, 0] * (x[1] - x[0])
+            else:
+                first = second = model.mix_in(x, layer, shared, skips)
+            attended = model.attention(first, layer, shared)
+            fed = model.feed_forward(second, layer, shared)
+            (a0, a1), (m0, m1) = (pair.unbind(0) for pair in model.lane_route[row].unbind(0))
+            lanes = (first + a0 * attended + m0 * fed, second + a1 * attended + m1 * fed)
+            if layer.saves_skip:
+                skips.append(mean(lanes))
+            return mean(lanes) if layer.number == last else lanes
+
+        return [
+            Replacement(tg, "parameter_table", table),
+            Replacement(tg.GPT, "run_layer", run_layer_in_lanes),
+        ]
+
+
+# Dynamic dense connections
+
+MUDD_WIDTH = 64  # hidden width of what makes the coefficients
+# Factor on the two matrices, which are stored so much larger: AdamW moves any weight by its
+# learning rate, and SCALAR_LR=0.01 times this is the 0.002 of modded-nanogpt's record 81.
+MUDD_RATE = 0.2
+
+
+# What the layers share and, by the layer's number, the streams behind layers and what is to be
+# added to the input of V: two dictionaries of tensors (B, T, D), filled on the way.
+SHARED_FIELDS = [*tg.Shared._fields, "states", "values"]
+SharedStates: Any = collections.namedtuple("SharedStates", SHARED_FIELDS)  # type: ignore[misc]
+
+
+def blend(shares: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensor:
+    """Sum of tensors (B, T, D) times their shares (B, T)."""
+    pairs = zip(shares, tensors, strict=True)
+    first, *others = [share[..., None] * tensor for share, tensor in pairs]
+    return sum(others, first)
+
+
+class Mudd(NamedTuple):
+    """Dynamic dense connections (MUDD, Xiao et al., 2025) into the last layers, in a light form.
+
+    As in modded-nanogpt's record 81 and pg#1936, the stream and the input of V get some of each of
+    {x0, the streams behind the layers MUDD_STATES, the stream itself}; x0 is the embedding that the
+    first layer gets.  A token's shares are
+
+        MUDD_SCALE * (W2 gelu(W1 rms_norm(x)) + b),   W1 (64, D), W2 (shares, 64), b (shares),
+
+    with x the stream after `mix_in`.  They are added to what the model does without them and start
+    at zero, so it starts as the model that it is without.  V gets normed streams times the layer's
+    depth scale, like its own input, by one more product.  With lanes, x is attention's lane, and
+    both lanes get the same.
+    """
+
+    mudd_layers: int = 2  # the last ones
+    mudd_states: tuple[int, ...] = (3, 7)  # zero-based; of a looped layer the last pass counts
+    mudd_scale: float = 0.1
+
+    def check(self, h: tg.Hyperparameters) -> None:
+        require(
+            1 <= self.mudd_layers < h.num_layers,
+            f"MUDD_LAYERS={self.mudd_layers}: expected 1 to {h.num_layers - 1} of the layers",
+        )
+        first = h.num_layers - self.mudd_layers
+        named = ",".join(map(str, self.mudd_states))
+        require(
+            all(0 <= number < first for number in self.mudd_states),
+            f"MUDD_STATES={named}: expected layers before the first that mixes, {first}; set "
+            f"MUDD_STATES={first // 3},{2 * first // 3}",
+        )
+        require(
+            0 < self.mudd_scale < math.inf,
+            f"MUDD_SCALE={self.mudd_scale}: expected a finite number above 0",
+        )
+
+    @property
+    def sources(self) -> int:
+        return len(self.mudd_states) + 2
+
+    def rows(self, h: tg.Hyperparameters) -> dict[str, tg.ParameterRow]:
+        """None has a grid, so the artifact stores them in float16."""
+        layers = self.mudd_layers
+        shares = 2 * self.sources
+        even = tg.normal(h.model_dim**-0.5 / MUDD_RATE)
+        zero = tg.constant(0.0)
+        return {
+            "mudd_in": tg.ParameterRow((layers, MUDD_WIDTH, h.model_dim), "scalar", even),
+            "mudd_out": tg.ParameterRow((layers, shares, MUDD_WIDTH), "scalar", zero),
+            "mudd_bias": tg.ParameterRow((layers, shares), "scalar", zero),
+        }
+
+    def shares(self, model: tg.GPT, x_BTD: Tensor, row: int) -> tuple[Tensor, ...]:
+        """First those of the stream, then those of V, (B, T) each."""
+        hidden = F.gelu(F.linear(tg.rms_norm(x_BTD), MUDD_RATE * model.mudd_in[row]))
+        shares = F.linear(hidden, MUDD_RATE * model.mudd_out[row]) + model.mudd_bias[row]
+        return (self.mudd_scale * shares).unbind(-1)
+
+    def replacements(self) -> list[Replacement]:
+        parameter_table = tg.parameter_table
+        shared_of = tg.GPT.shared
+        run_layer = tg.GPT.run_layer
+        mix_in = tg.GPT.mix_in
+        heads = tg.GPT.heads
+
+        def table(h: tg.Hyperparameters) -> dict[str, tg.ParameterRow]:
+            return parameter_table(h) | self.rows(h)
+
+        def shared_with_states(model: tg.GPT, inputs_BT: Tensor) -> Any:
+            return SharedStates(*shared_of(model, inputs_BT), states={}, values={})
+
+        def run_layer_and_keep(
+            model: tg.GPT, x: Any, layer: tg.LayerPlan, shared: Any, skips: list[Tensor]
+        ) -> Any:
+            x = run_layer(model, x, layer, shared, skips)
+            if layer.number in self.mudd_states:
+                shared.states[layer.number] = x
+            return x
+
+        def mix_in_states(
+            model: tg.GPT, x: Tensor, layer: tg.LayerPlan, shared: Any, skips: list[Tensor]
+        ) -> Tensor:
+            x = mix_in(model, x, layer, shared, skips)
+            row = layer.number - model.h.num_layers + self.mudd_layers
+            if row < 0:
+                return x
+
+            states = [shared.states[number] for number in self.mudd_states]
+            sources = [shared.embedded_BTD, *states, x]
+            shares = self.shares(model, x, row)
+            normed = [tg.rms_norm(source) for source in sources]
+            to_values = blend(shares[self.sources :], normed)
+            shared.values[layer.number] = layer.depth_scale * to_values
+            return x + blend(shares[: self.sources], sources)
+
+        def heads_of_mixed_values(
+            model: tg.GPT, normed_BTD: Tensor, layer: tg.LayerPlan, shared: Any
+        ) -> tuple[Tensor, Tensor, Tensor]:
+            q, k, v = heads(model, normed_BTD, layer, shared)
+            if layer.number in shared.values:
+                w_v = shared.qkv_CD[layer.number][-model.h.kv_dim :]
+                v = v + F.linear(shared.values[layer.number], w_v).view(v.shape)
+            return q, k, v
+
+        return [
+            Replacement(tg, "parameter_table", table),
+            Replacement(tg.GPT, "shared", shared_with_states),
+            Replacement(tg.GPT, "run_layer", run_layer_and_keep),
+            Replacement(tg.GPT, "mix_in", mix_in_states),
+            Replacement(tg.GPT, "heads", heads_of_mixed_values),
+        ]
+
+
+# Choice
+
+CANDIDATES: dict[str, Any] = {"loops": Loops, "lanes": Lanes, "mudd": Mudd}
+OPTIONS = {  # variable -> the candidate whose option it is
+    field.upper(): name for name, kind in CANDIDATES.items() for field in kind._fields
+}
+
+
+def parse_option(key: str, text: str, default: Any) -> Any:
+    """`text` as what the default is.  Raises Mistake with the remedy."""
+    with contextlib.suppress(ValueError):
+        if isinstance(default, tuple):
+            return tuple(int(part) for part in text.split(","))
+        return type(default)(text)
+    names = {int: "a whole number", float: "a number", tuple: "whole numbers with commas between"}
+    shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
+    raise Mistake(f"{key}={text}: expected {names[type(default)]}; its default is {shown}")
+
+
+def chosen(names: Sequence[str], overrides: Mapping[str, str]) -> list[Candidate]:
+    """The candidates `names`, with their options from `overrides`.  Raises Mistake."""
+    for name in names:
+        require(name in CANDIDATES, f"ON={name}: unknown; choose of {', '.join(CANDIDATES)}")
+        require(names.count(name) == 1, f"ON={','.join(names)}: {name} twice; name it once")
+    values: dict[str, dict[str, Any]] = {name: {} for name in names}
+    for key, text in overrides.items():
+        if key not in OPTIONS:
+            continue
+        name = OPTIONS[key]
+        require(name in names, f"{key}={text}: an option of {name}, which is off; add ON={name}")
+        default = CANDIDATES[name]._field_defaults[key.lower()]
+        values[name][key.lower()] = parse_option(key, text, default)
+    return [CANDIDATES[name](**values[name]) for name in names]
+
+
+def check(candidates: Sequence[Candidate], h: tg.Hyperparameters) -> None:
+    """Raises Mistake for options that cannot run, alone or together."""
+    for candidate in candidates:
+        candidate.check(h)
+    kinds: dict[type, Any] = {type(candidate): candidate for candidate in candidates}
+    lanes = kinds.get(Lanes)
+    mudd = kinds.get(Mudd)
+    if lanes and mudd:
+        split = h.num_layers - lanes.lane_layers
+        require(
+            max(mudd.mudd_states, default=0) < split,
+            f"ON=lanes,mudd: MUDD_STATES must lie before layer {split}, where the lanes part; set "
+            "them or LANE_LAYERS",
+        )
+
+
+def install(candidates: Sequence[Candidate]) -> None:
+    """This process is then one that trains and scores with them."""
+    for candidate in candidates:
+        for owner, attribute, value in candidate.replacements():
+            setattr(owner, attribute, value)

@@ -1,0 +1,613 @@
+"""bench/candidates.py: what each candidate computes, and that a run with it keeps the contracts.
+
+torchrun --standalone --nproc_per_node=N tests/test_candidates.py OUT.pt     (the part of one rank)
+"""
+
+import math
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import small_run
+import torch
+from support import (
+    REPO,
+    FakeClock,
+    completed,
+    cpu_runtime,
+    in_float64,
+    plain_attention,
+    tiny,
+    tiny_model,
+    tiny_weights,
+)
+from support import train_gpt as tg
+from test_training import SCHEDULED, Run, compiled, new_evaluator, new_trainer, state_of
+from torch import Tensor
+
+sys.path.insert(0, str(REPO / "bench"))
+import ablate  # noqa: E402
+import candidates  # noqa: E402
+from candidates import Lanes, Loops, Mudd  # noqa: E402
+
+LOOPS = Loops(loop_first=1, loop_last=2)  # of the tiny model's 4 layers, 2 in each half
+LANES = Lanes(lane_layers=2)
+MUDD = Mudd(mudd_layers=2, mudd_states=(0, 1))
+ALL = [LOOPS, LANES, MUDD]
+Install = Callable[..., None]
+
+
+@pytest.fixture
+def install(monkeypatch: pytest.MonkeyPatch) -> Install:
+    """Installs candidates until the test ends."""
+
+    def with_these(*chosen: Any) -> None:
+        for candidate in chosen:
+            for replacement in candidate.replacements():
+                monkeypatch.setattr(*replacement)
+
+    return with_these
+
+
+def batch(h: tg.Hyperparameters) -> tuple[Tensor, Tensor]:
+    """(2, T) inputs with a start of a document amid the first window, and targets."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(2, h.vocab_size, (2, h.train_seq_len + 1), generator=generator)
+    tokens[0, 9] = tg.BOS_ID
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+# The reference: one pass of a layer at a time, each with weights of its own
+
+Weights = Mapping[str, Tensor]
+
+
+class Reference:
+    """The plain parts of the tiny model, in float64."""
+
+    def __init__(self, h: tg.Hyperparameters, w: Weights, inputs: Tensor):
+        self.h = h
+        self.half = h.num_layers // 2
+        x = tg.rms_norm(w["tok_emb"][inputs])
+        self.embedded = tg.smear(x, w["smear_gate"], w["smear_token"], inputs)
+        self.value_embedding = w["ve_emb"][inputs] @ w["ve_proj"][0].T
+        self.outputs: dict[int, Tensor] = {}  # of layers, by number
+
+    def enter(self, w: Weights, x: Tensor, number: int, skips: bool = True) -> Tensor:
+        row = number - (self.h.num_layers - self.half)
+        if skips and row >= 0:
+            x = x + w["skip_weight"][row] * self.outputs[self.half - 1 - row]
+        return w["resid_mix"][number, 0] * x + w["resid_mix"][number, 1] * self.embedded
+
+    def attention(self, w: Weights, x: Tensor, number: int, to_values: Any = 0.0) -> Tensor:
+        """`to_values` is added to what V is made from."""
+        h = self.h
+        layers = h.num_layers
+        seen = tg.rms_norm(x) / math.sqrt(number + 1)
+
+        def heads(y: Tensor, matrix: Tensor) -> Tensor:
+            return (y @ matrix.T).unflatten(-1, (-1, h.head_dim))
+
+        table = tg.rotary_table(x.shape[1], h.rope_dims, h.rope_base, x.device)
+        q = tg.apply_rotary(tg.rms_norm(heads(seen, w["qo_bank"][number])), table)
+        k = tg.apply_rotary(tg.rms_norm(heads(seen, w["kv_bank"][number])), table)
+        k = tg.shift_keys(k, h.rope_dims)
+        v = heads(seen + to_values, w["kv_bank"][layers + number])
+        if number >= layers - h.ve_layers:
+            scale = w["ve_scale"][number - (layers - h.ve_layers)]
+            v = v + scale * self.value_embedding.view(v.shape)
+        y = plain_attention(q * w["q_gain"][number][:, None], k, v)
+        if number >= layers - h.xsa_layers:
+            y = tg.exclude_self(y, v)
+        y = tg.gate_heads(y, seen, w["attn_gate"][number])
+        return w["attn_scale"][number] * (y.flatten(2) @ w["qo_bank"][layers + number].T)
+
+    def feed_forward(self, w: Weights, x: Tensor, number: int) -> Tensor:
+        up, down = w["mlp_bank"][number], w["mlp_bank"][self.h.num_layers + number]
+        y = tg.relu2_mlp(x, up, down, 1 / math.sqrt(number + 1), self.h.mlp_slope)
+        return w["mlp_scale"][number] * y
+
+    def layer(self, w: Weights, x: Tensor, number: int, skips: bool = True) -> Tensor:
+        x = self.enter(w, x, number, skips)
+        x = x + self.attention(w, x, number)
+        x = x + self.feed_forward(w, x, number)
+        self.outputs[number] = x
+        return x
+
+
+def looped_stream(
+    h: tg.Hyperparameters, passes: Sequence[Weights], order: Sequence[int], inputs: Tensor
+) -> Tensor:
+    """The final stream of layers in this order, pass i with weights `passes[i]`."""
+    reference = Reference(h, passes[0], inputs)
+    x = reference.embedded
+    for i, (w, number) in enumerate(zip(passes, order, strict=True)):
+        x = reference.layer(w, x, number, skips=number not in order[i + 1 :])
+    return x
+
+
+def weights_of(model: tg.GPT) -> dict[str, Tensor]:
+    return {name: p.detach() for name, p in model.named_parameters()}
+
+
+def numbers(plan: tg.Plan) -> list[int]:
+    return [layer.number for layer in plan]
+
+
+# Loops
+
+
+def test_the_cards_middle_runs_twice_and_no_other_layer() -> None:
+    plan = Loops().looped(tg.layer_plan(tg.Hyperparameters()))
+    assert numbers(plan) == [0, 1, 2, 3, 4, 5, 3, 4, 5, 6, 7, 8, 9, 10]
+    saving = [i for i, layer in enumerate(plan) if layer.saves_skip]
+    assert saving == [0, 1, 2, 6, 7], "3 and 4 on their last pass"
+    assert [layer.skip for layer in plan[9:]] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("loops", "order"),
+    [
+        (Loops(loop_first=1, loop_last=2), [0, 1, 2, 1, 2, 3]),  # across the middle of the U-Net
+        (Loops(loop_first=0, loop_last=0, loop_repeats=2), [0, 0, 0, 1, 2, 3]),
+        (Loops(loop_first=2, loop_last=3), [0, 1, 2, 3, 2, 3]),
+    ],
+)
+def test_looped_layers_run_in_order_with_their_own_weights(
+    loops: Loops, order: list[int], install: Install
+) -> None:
+    h = tiny()
+    install(loops)
+    model = tiny_model(h, torch.float64)
+    inputs, _ = batch(h)
+    with in_float64(), torch.no_grad():
+        expected = looped_stream(h, [weights_of(model)] * len(order), order, inputs)
+        torch.testing.assert_close(model.final_hidden(inputs), expected, rtol=0, atol=1e-9)
+
+
+def test_a_shared_weights_gradient_is_the_sum_over_its_passes(install: Install) -> None:
+    h = tiny()
+    install(LOOPS)
+    model = tiny_model(h, torch.float64)
+    inputs, _ = batch(h)
+    order = [0, 1, 2, 1, 2, 3]
+    passes = [{n: w.clone().requires_grad_() for n, w in weights_of(model).items()} for _ in order]
+    with in_float64():
+        upstream = torch.linspace(-1, 1, h.model_dim, dtype=torch.float64)
+        (model.final_hidden(inputs) * upstream).sum().backward()
+        (looped_stream(h, passes, order, inputs) * upstream).sum().backward()
+    for name, parameter in model.named_parameters():
+        shares = [w[name].grad for w in passes if w[name].grad is not None]
+        torch.testing.assert_close(parameter.grad, sum(shares), rtol=1e-9, atol=1e-9, msg=name)
+    both = [passes[i]["mlp_bank"].grad for i in (1, 3)]  # of layer 1
+    assert all(gradient is not None and gradient[1].any() for gradient in both)
+
+
+@pytest.fixture
+def orders(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
+    """Number of layers in every training step and every score from now on; no warm-up."""
+    seen: dict[str, list[int]] = {"steps": [], "scores": []}
+    step, score = tg.Trainer.train_step, tg.Evaluator.score
+
+    def counted_step(trainer: tg.Trainer, *args: Any, **options: Any) -> Tensor:
+        seen["steps"].append(len(trainer.model.plan))
+        return step(trainer, *args, **options)
+
+    def counted_score(evaluator: tg.Evaluator, model: tg.GPT, *rest: Any) -> tg.Score:
+        seen["scores"].append(len(model.plan))
+        return score(evaluator, model, *rest)
+
+    monkeypatch.setattr(tg.Trainer, "train_step", counted_step)
+    monkeypatch.setattr(tg.Evaluator, "score", counted_score)
+    monkeypatch.setattr(tg.Trainer, "warm_up", lambda trainer, evaluator: None)
+    return seen
+
+
+@pytest.mark.parametrize("bound", ["steps", "time"])
+def test_loops_begin_at_a_progress_whatever_bounds_the_run(
+    bound: str, tmp_path: Path, install: Install, orders: dict[str, list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    clock = FakeClock()
+    monkeypatch.setattr(tg, "time", clock)
+    monkeypatch.setattr(tg.Trainer, "train_step", clock.slow(tg.Trainer.train_step, 0.1))
+    install(LOOPS)
+    length = dict(iterations=10) if bound == "steps" else dict(
+        iterations=10**6, max_wallclock_seconds=1.0)  # fmt: skip
+    run = Run(tiny(val_loss_every=2, **length), tmp_path)
+    steps = orders["steps"]
+    assert len(steps) >= 8 and steps == [4] * 4 + [6] * (len(steps) - 4), "of 0.4 of the run on"
+    assert orders["scores"][:3] == [4, 4, 6], "after 2, 4 and 6 steps: those before them decide"
+    assert sum(line.startswith("loops:on step:5 progress:0.40") for line in run.lines) == 1
+    fresh = tg.load_model(run.trainer.h, cpu_runtime(), run.stages["trained"], tg.Kernels())
+    assert numbers(fresh.plan) == [0, 1, 2, 1, 2, 3], "what is scored at the end"
+
+
+def test_until_they_begin_a_run_is_the_one_without(tmp_path: Path, install: Install) -> None:
+    h = tiny(iterations=4)
+    plain = Run(h, tmp_path).stages["trained"]
+    install(LOOPS._replace(loop_from=1.0))
+    never = Run(h, tmp_path).stages["trained"]
+    assert all(torch.equal(never[name], weight) for name, weight in plain.items())
+    install(LOOPS._replace(loop_from=0.75))
+    looped = Run(h, tmp_path).stages["trained"]
+    assert not torch.equal(looped["qo_bank"], plain["qo_bank"])
+
+
+def fake_capture(function: Callable[..., Any], *held: Tensor) -> Callable[..., Any]:
+    """A CUDA graph as a CPU can play it: fixed tensors go in and come out.
+
+    Like the capture of one, it leaves no trace of the run that finds out what comes out.
+    """
+    results = function(*held)
+
+    def replay(*arguments: Tensor) -> Any:
+        for tensor, new in zip(held, arguments, strict=True):
+            tensor.copy_(new)
+        new_results = function(*held)
+        if isinstance(new_results, Tensor):
+            return results.copy_(new_results)
+        for result, new in zip(results, new_results, strict=True):
+            result.copy_(new)
+        return results
+
+    return replay
+
+
+def test_graphs_of_one_order_are_not_used_for_the_other(
+    tmp_path: Path, install: Install, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Captured, the update reads gradients from where the graph of its own order left them."""
+    h = tiny(iterations=8, warmdown_fraction=1.0, qat_threshold=0.4)
+    install(LOOPS)
+    plain = Run(h, tmp_path / "plain")
+    monkeypatch.setattr(tg, "capture", fake_capture)
+    steps = tg.Trainer.warm_up_steps
+
+    def on_cuda(trainer: tg.Trainer, generator: torch.Generator) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(tg.Runtime, "on_cuda", True)
+            steps(trainer, generator)
+
+    monkeypatch.setattr(tg.Trainer, "warm_up_steps", on_cuda)
+    run = Run(h, tmp_path / "graphs")
+    assert len(run.trainer.graphs) == 2
+    for graphs in run.trainer.graphs.values():
+        assert graphs.gradients and graphs.update and graphs.update_late_qat
+    assert run.facts.qat_steps >= 2
+    for name, weight in plain.stages["trained"].items():
+        torch.testing.assert_close(run.stages["trained"][name], weight, msg=name)
+
+
+# Lanes
+
+
+def test_lanes_are_read_and_written_as_routed(install: Install) -> None:
+    h = tiny()
+    install(LANES)
+    model = tiny_model(h, torch.float64)
+    w = weights_of(model)
+    inputs, _ = batch(h)
+    with in_float64(), torch.no_grad():
+        reference = Reference(h, w, inputs)
+        x = reference.embedded
+        for number in (0, 1):
+            x = reference.layer(w, x, number)
+        lanes = [x, x]
+        for number in (2, 3):
+            lanes = [reference.enter(w, lane, number) for lane in lanes]
+            outputs = [
+                reference.attention(w, lanes[0], number),
+                reference.feed_forward(w, lanes[1], number),
+            ]
+            route = w["lane_route"][number - 2]
+            for lane in (0, 1):
+                for source in (0, 1):
+                    lanes[lane] = lanes[lane] + route[source, lane] * outputs[source]
+        expected = (lanes[0] + lanes[1]) / 2
+        torch.testing.assert_close(model.final_hidden(inputs), expected, rtol=0, atol=1e-9)
+
+
+def test_lanes_start_with_more_of_each_output_in_its_own(install: Install) -> None:
+    install(LANES)
+    route = tg.initial_weights(tiny())["lane_route"]
+    own_and_other = torch.tensor([[1.3, 0.7], [0.7, 1.3]])
+    assert torch.equal(route, own_and_other.expand(2, 2, 2))
+
+
+# Dynamic dense connections
+
+
+def ref_mix(reference: Reference, w: Weights, x: Tensor, number: int) -> tuple[Tensor, Tensor]:
+    """What MUDD adds to the stream and to what V is made from."""
+    states = [reference.embedded, reference.outputs[0], reference.outputs[1], x]
+    row = number - 2
+    hidden = torch.nn.functional.gelu(tg.rms_norm(x) @ (0.2 * w["mudd_in"][row]).T)
+    shares = 0.1 * (hidden @ (0.2 * w["mudd_out"][row]).T + w["mudd_bias"][row])
+    assert shares.abs().mean() > 1e-2, "the mix is too small to be seen"
+    to_stream, to_values = torch.zeros_like(x), torch.zeros_like(x)
+    for i, state in enumerate(states):
+        to_stream += shares[..., i, None] * state
+        to_values += shares[..., 4 + i, None] * tg.rms_norm(state)
+    return to_stream, to_values / math.sqrt(number + 1)
+
+
+def test_shares_of_earlier_states_reach_stream_and_values(install: Install) -> None:
+    h = tiny()
+    install(MUDD)
+    model = tiny_model(h, torch.float64)
+    w = weights_of(model)
+    w["mudd_out"].normal_(generator=torch.Generator().manual_seed(3))
+    inputs, _ = batch(h)
+    with in_float64(), torch.no_grad():
+        reference = Reference(h, w, inputs)
+        x = reference.embedded
+        for number in (0, 1):
+            x = reference.layer(w, x, number)
+        for number in (2, 3):
+            x = reference.enter(w, x, number)
+            to_stream, to_values = ref_mix(reference, w, x, number)
+            x = x + to_stream
+            x = x + reference.attention(w, x, number, to_values)
+            x = x + reference.feed_forward(w, x, number)
+        torch.testing.assert_close(model.final_hidden(inputs), x, rtol=0, atol=1e-9)
+
+
+def test_mixing_costs_so_many_weights_without_a_grid(install: Install) -> None:
+    h = tg.Hyperparameters()
+    before, grids = h.parameters(), tg.export_grids(h)
+    install(Mudd())
+    assert h.parameters() - before == 2 * (64 * 512 + 8 * 64 + 8)
+    assert tg.export_grids(h) == grids
+
+
+# All of them
+
+
+@pytest.mark.parametrize("added", [ALL, ALL[::-1]], ids=["all", "in another order"])
+def test_together_each_does_what_it_does_alone(added: list[Any], install: Install) -> None:
+    """A loop that leads back before the lanes joins them; the state of its last pass is mixed."""
+    h = tiny()
+    install(*added)
+    model = tiny_model(h, torch.float64)
+    w = weights_of(model)
+    w["mudd_out"].normal_(generator=torch.Generator().manual_seed(3))
+    inputs, _ = batch(h)
+    order = [0, 1, 2, 1, 2, 3]
+    with in_float64(), torch.no_grad():
+        reference = Reference(h, w, inputs)
+        lanes = [reference.embedded] * 2
+        for i, number in enumerate(order):
+            skips = number not in order[i + 1 :]
+            if number < 2:
+                lanes = [reference.layer(w, (lanes[0] + lanes[1]) / 2, number, skips)] * 2
+                continue
+            lanes = [reference.enter(w, lane, number, skips) for lane in lanes]
+            to_stream, to_values = ref_mix(reference, w, lanes[0], number)
+            lanes = [lane + to_stream for lane in lanes]
+            attended = reference.attention(w, lanes[0], number, to_values)
+            fed = reference.feed_forward(w, lanes[1], number)
+            route = w["lane_route"][number - 2]
+            lanes = [lanes[i] + route[0, i] * attended + route[1, i] * fed for i in (0, 1)]
+        expected = (lanes[0] + lanes[1]) / 2
+        torch.testing.assert_close(model.final_hidden(inputs), expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("added", [[MUDD], [LANES], [LOOPS]], ids=["mudd", "lanes", "loops"])
+def test_an_untrained_model_with_a_candidate_is_that_without(
+    added: list[Any], install: Install
+) -> None:
+    """Mixing starts at zero beside any weights; the others need blocks that are the identity."""
+    h = tiny()
+    weights = tg.initial_weights(h) if added == [LANES] else tiny_weights(h)
+    inputs, targets = batch(h)
+    expected = tg.GPT(h, weights, tg.Kernels())(inputs, targets)
+    before = tg.initial_weights(h)
+    install(*added)
+    start = tg.initial_weights(h)
+    assert all(torch.equal(start[name], weight) for name, weight in before.items())
+    if added == [LOOPS]:  # the trainer's model has no loops yet
+        trainer = new_trainer(h)
+        model = trainer.model
+        model.load_state_dict(weights)
+    else:
+        model = tg.GPT(h, {**start, **weights}, tg.Kernels())
+    torch.testing.assert_close(model(inputs, targets), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("added", [[LANES], [MUDD], ALL], ids=["lanes", "mudd", "all"])
+def test_a_token_changes_no_loss_before_it(added: list[Any], install: Install) -> None:
+    h = tiny()
+    install(*added)
+    model = tiny_model(h, torch.float64)
+    inputs, targets = batch(h)
+    with in_float64(), torch.no_grad():
+        before = model(inputs, targets)
+        for t in range(0, h.train_seq_len, 5):
+            changed = inputs.clone()
+            changed[0, t] = 2 if inputs[0, t] != 2 else 3
+            after = model(changed, targets)
+            torch.testing.assert_close(after[0, :t], before[0, :t], rtol=0, atol=1e-12)
+            torch.testing.assert_close(after[1], before[1], rtol=0, atol=1e-12)
+            assert abs(after[0, t] - before[0, t]) > 1e-6
+
+
+def test_every_parameter_is_trained(install: Install) -> None:
+    h = tiny()
+    install(*ALL)
+    trainer = new_trainer(h)
+    before = trainer.stages()["trained"]
+    tokens = torch.randint(h.vocab_size, (8, 33), generator=torch.Generator().manual_seed(0))
+    for _ in range(3):  # W1 has a gradient when W2 is not zero any more, and so on
+        trainer.train_step(tokens, 1.0)
+    after = trainer.stages()["trained"]
+    assert {"lane_route", "mudd_in", "mudd_out", "mudd_bias"} <= after.keys()
+    assert [name for name in before if torch.equal(before[name], after[name])] == []
+
+
+def test_no_graph_is_compiled_on_the_clock(
+    tmp_path: Path, install: Install, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With validations before and after the loops begin, and late QAT."""
+    h = tiny(**SCHEDULED | dict(val_loss_every=2, eval_stride=0))
+    install(Loops(0, 0), Lanes(1), Mudd(1, (0,)))
+    plain = Run(h, tmp_path / "plain")
+    warm_up = tg.Trainer.warm_up
+    with ExitStack() as stack:
+
+        def then_forbid(trainer: tg.Trainer, evaluator: tg.Evaluator) -> None:
+            warm_up(trainer, evaluator)
+            stack.enter_context(torch.compiler.set_stance("fail_on_recompile"))
+
+        monkeypatch.setattr(tg.Trainer, "warm_up", then_forbid)
+        run = Run(h, tmp_path / "graphs", compiled())
+    assert run.trainer.graphs_warmed_up > 0, "nothing was compiled at all"
+    assert run.facts.graphs_compiled_on_clock == 0
+    assert any(line.startswith("loops:on step:4") for line in run.lines)
+    assert run.facts.qat_steps >= 2
+    losses = [r.facts.final_train_loss for r in (plain, run)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_warm_up_leaves_every_state_bit_equal(install: Install) -> None:
+    h = tiny()
+    install(*ALL)
+    trainer = new_trainer(h)
+    before, plan = state_of(trainer), trainer.model.plan
+    orders = set()
+    inner = trainer.train_step
+
+    def recording(*args: Any) -> Tensor:
+        orders.add((len(trainer.model.plan), trainer.optimizer.late_qat.on))
+        return inner(*args)
+
+    trainer.train_step = recording  # type: ignore[method-assign]
+    trainer.warm_up(new_evaluator(h, cpu_runtime()))
+    assert orders == {(4, False), (6, False), (4, True), (6, True)}
+    after = state_of(trainer)
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
+    assert trainer.model.plan == plan and not trainer.optimizer.late_qat.on
+
+
+def test_a_packed_model_comes_back_with_what_was_added(install: Install) -> None:
+    h = tiny()
+    install(*ALL)
+    weights = tiny_weights(h)
+    architecture, state = tg.unpack(tg.pack(weights, h, 1e-4))
+    assert architecture == tg.architecture_of(h)
+    assert state.keys() == weights.keys() == tg.parameter_table(h).keys()
+    for name in ("lane_route", "mudd_in", "mudd_out", "mudd_bias"):
+        assert torch.equal(state[name], weights[name].half().float()), name
+    inputs, targets = batch(h)
+    on_grids = {name: state[name] for name in tg.export_grids(h)}
+    expected, losses = (
+        tg.load_model(h, cpu_runtime(), w, tg.Kernels())(inputs, targets)
+        for w in (weights | on_grids, state)
+    )
+    torch.testing.assert_close(losses, expected, rtol=0, atol=5e-3)  # float16
+
+
+def steps_of(runtime: tg.Runtime) -> dict[str, Tensor]:
+    """Losses of two steps without loops and two with them, and the weights that they leave."""
+    h = tiny()
+    trainer = tg.Trainer(h, runtime, tg.Kernels())
+    tokens = torch.randint(h.vocab_size, (8, 33), generator=torch.Generator().manual_seed(0))
+    losses = []
+    for step in range(4):
+        if step == 2:
+            trainer.model.plan = tg.layer_plan(h)
+        mine = slice(trainer.rows.start, trainer.rows.stop)
+        losses.append(trainer.train_step(tokens[mine], 0.5))
+    return trainer.stages()["trained"] | {"losses": torch.stack(losses)}
+
+
+def test_two_ranks_train_what_one_does(tmp_path: Path, install: Install) -> None:
+    done = completed(Path(__file__), tmp_path / "two.pt", ranks=2, OMP_NUM_THREADS=1)
+    assert done.returncode == 0, done.stderr
+    install(*ALL)
+    one, two = steps_of(cpu_runtime()), torch.load(tmp_path / "two.pt", weights_only=True)
+    assert one.keys() == two.keys() and "mudd_in" in one
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, rtol=1e-4, atol=2e-5, msg=name)
+
+
+# bench/ablate.py
+
+
+def test_candidates_and_their_options_are_read_from_a_variant() -> None:
+    variant = ablate.parse("x: ON=mudd,loops LOOP_FROM=0.5 MUDD_STATES=2,5 SEED=7 OFF=smear")
+    assert variant.on == [Mudd(mudd_states=(2, 5)), Loops(loop_from=0.5)]
+    assert variant.off == ["smear"]
+    assert variant.environment["SEED"] == "7"
+    assert not {"ON", "OFF", "LOOP_FROM", "MUDD_STATES"} & variant.environment.keys()
+    assert ablate.parse("base").on == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("ON=loop", "unknown; choose of loops, lanes, mudd"),
+        ("ON=loops,loops", "loops twice"),
+        ("ON=loops LOOP_FROM=half", "expected a number; its default is 0.35"),
+        ("ON=loops LOOP_FIRST=1.5", "expected a whole number; its default is 3"),
+        ("ON=mudd MUDD_STATES=3;7", "whole numbers with commas between; its default is 3,7"),
+        ("ON=mudd LOOP_FROM=0.5", "an option of loops, which is off; add ON=loops"),
+        ("LANE_LAYERS=2", "an option of lanes, which is off"),
+        ("ON=loops LOOP_FORM=0.5", "LOOP_FORM=0.5: no setting; .* LOOP_FROM"),
+        ("ON=loops LOOP_LAST=11", "expected layers of 0 to 10"),
+        ("ON=loops LOOP_FIRST=5 LOOP_LAST=4", "expected layers of 0 to 10, in this order"),
+        ("ON=loops LOOP_REPEATS=0", "expected 1 or more"),
+        ("ON=loops LOOP_FROM=nan", "set it within 0 to 1"),
+        ("ON=lanes LANE_LAYERS=12", "expected 1 to 11"),
+        ("ON=mudd MUDD_STATES=3,9", "before the first that mixes, 9; set MUDD_STATES=3,6"),
+        ("ON=mudd MUDD_LAYERS=11", "expected 1 to 10"),
+        ("ON=mudd MUDD_SCALE=0", "above 0"),
+        ("ON=mudd,lanes LANE_LAYERS=4", "before layer 7, where the lanes part"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_any_run(
+    settings: str, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ablate.Mistake, match=message):
+        ablate.main(["base", f"x: {settings}"], tmp_path / "TABLE.md")
+    assert not (tmp_path / "TABLE.md").exists()
+
+
+def test_an_option_that_all_variants_would_share_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("LOOP_FROM", "0.5")
+    with pytest.raises(ablate.Mistake, match="write it into the variant: ON=loops LOOP_FROM="):
+        ablate.check(ablate.parse("x: ON=loops"))
+
+
+def test_a_run_with_all_candidates_leaves_a_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = small_run.environment(
+        small_run.data_in(tmp_path), tmp_path / "out", PRESET="smoke", EVAL_STRIDE=0
+    )
+    for name, value in settings.items():
+        monkeypatch.setenv(name, str(value))
+    options = "LOOP_FIRST=1 LOOP_LAST=2 LANE_LAYERS=2 MUDD_STATES=0,1"
+    table = tmp_path / "TABLE.md"
+    ablate.main([f"all (-0.01): ON=loops,lanes,mudd {options}"], table)
+    (row,) = (line for line in table.read_text().splitlines() if line.startswith("| all"))
+    assert "failed" not in row and f"| ON=loops,lanes,mudd {options} | -0.01 |" in row
+    assert "\nloops:on step:3 " in (tmp_path / "out/all/train.log").read_text()
+    weights = torch.load(tmp_path / "out/all/final_model.pt", weights_only=True)["stages"]
+    assert {"lane_route", "mudd_in"} <= weights["averaged"].keys()
+
+
+if __name__ == "__main__":  # one of the ranks
+    candidates.install(ALL)
+    this = tg.Runtime.start(tiny(), os.environ)
+    results = steps_of(this)
+    if this.rank == 0:
+        torch.save(results, sys.argv[1])
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
