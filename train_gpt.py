@@ -14,7 +14,8 @@ Every number that matters is a field of `Hyperparameters`; an environment variab
 in capitals overrides it.  PRESET=frontier is the default card plus every extension that measured
 better.  The file follows the data.  Sections:
 1 constants, 2 hyperparameters, 3 runtime, 4 data, 5 model, 6 kernels, 7 quantizer, 8 optimizer and
-schedules, 9 weight averaging, 10 pack and unpack, 11 evaluation, 12 training, 13 stages and main.
+schedules, 9 weight averaging, 10 pack and unpack, 11 bytes of the text, 12 evaluation, 13 training,
+14 stages and main.
 
 Shapes: B sequences, T positions, D model width, H query heads, K key/value heads, E head width,
 V vocabulary, L layers, N matrices of a bank, R rows, C columns; a name that ends in `_BTD` has that
@@ -85,9 +86,6 @@ SHARD_MAGIC = 20240520
 SHARD_VERSION = 1
 SHARD_HEADER_BYTES = 256 * 4
 BOS_ID = 1  # starts every document
-SPACE = "\u2581"  # SentencePiece's mark of a leading space
-CASE_MARKS = "\ue001\ue002\ue003\ue004"  # for capitals and escapes, of no bytes in the text
-FINEWEB_VAL_BYTES = 151_080_363  # of the published split: pg#543's tokens * loss / ln 2 / bpb
 
 ARTIFACT_MAGIC = b"PGOLFGPT"
 ARTIFACT_VERSION = 1
@@ -106,8 +104,8 @@ class RunError(Exception):
     """
 
 
-def code_digest() -> str:
-    return hashlib.sha256(SOURCE.read_bytes()).hexdigest()
+def file_digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def require(holds: object, message: str) -> None:
@@ -129,6 +127,7 @@ def setting(
     architecture: bool = False,
     per_run: bool = False,
     trains: bool = True,
+    of_process: bool = False,
 ) -> T:
     """A field of `Hyperparameters` with all that the program must know of it.
 
@@ -139,11 +138,11 @@ def setting(
     trains: other weights come of another value, so RESUME_FROM keeps the one of the training.
     """
     facts = dict(low=low, high=high, choices=choices)
-    roles = dict(architecture=architecture, per_run=per_run, trains=trains)
+    roles = dict(architecture=architecture, per_run=per_run, trains=trains, of_process=of_process)
     return dataclasses.field(default=default, metadata=facts | roles)
 
 
-def shape(default: T, low: float = 0, high: float = math.inf) -> T:
+def of_model(default: T, low: float = 0, high: float = math.inf) -> T:
     """A setting that belongs to the artifact's architecture."""
     return setting(default, low, high, architecture=True)
 
@@ -151,6 +150,11 @@ def shape(default: T, low: float = 0, high: float = math.inf) -> T:
 def label(default: T, low: float = 0, high: float = math.inf, choices: tuple[str, ...] = ()) -> T:
     """A setting that changes no number: it names, places or reports a run."""
     return setting(default, low, high, choices=choices, per_run=True, trains=False)
+
+
+def process(default: T, choices: tuple[str, ...] = ()) -> T:
+    """A label of how and where this process runs, which no checkpoint brings along."""
+    return setting(default, choices=choices, per_run=True, trains=False, of_process=True)
 
 
 def scoring(default: T, low: float = 0, high: float = math.inf) -> T:
@@ -166,34 +170,34 @@ class Hyperparameters:
     preset: str = setting("card", per_run=True)  # card | frontier | frontier_plain | smoke
     run_id: str = label("card")  # label in the log and in submission.json
     seed: int = setting(1337, high=2**63 - 1, per_run=True)  # weights and batch order
-    device: str = label("auto", choices=("auto", "cpu", "cuda"))
-    compile_backend: str = label("auto")  # auto: inductor on CUDA, none on a CPU
+    device: str = process("auto", choices=("auto", "cpu", "cuda"))
+    compile_backend: str = process("auto")  # auto: inductor on CUDA, none on a CPU
     data_path: str = label("./data/datasets/fineweb10B_sp1024")  # folder of shards, or `sample`
     tokenizer_path: str = label("./data/tokenizers/fineweb_1024_bpe.model")  # SentencePiece
-    output_dir: str = label(".")  # train.log, submission.json, final_model.pt, final_model.ptz
-    eval_only: str = label("")  # path of an artifact to score; nothing is trained
-    resume_from: str = label("")  # path of saved float weights to pack and score, no training
+    output_dir: str = process(".")  # train.log, submission.json, final_model.pt, final_model.ptz
+    eval_only: str = process("")  # path of an artifact to score; nothing is trained
+    resume_from: str = process("")  # path of saved float weights to pack and score, no training
     # What SIGTERM or Ctrl-C does in training: save and end, or finish the run with what there is.
-    on_interrupt: str = label("save", choices=("save", "finish"))
+    on_interrupt: str = process("save", choices=("save", "finish"))
 
     # Model: 32.4M parameters, which 16 MB hold at 3.9 bits a weight
-    vocab_size: int = shape(1024, low=2)  # of the tokenizer; embeddings are tied
-    num_layers: int = shape(11, low=2)  # 5 encode, 6 decode: U-Net skips join them
-    model_dim: int = shape(512, low=1)  # width of the residual stream
-    num_heads: int = shape(4, low=1)  # of width 128: better and faster than 8 of 64
-    num_kv_heads: int = shape(2, low=1)  # grouped-query attention, 2 query heads a group
-    mlp_hidden: int = shape(2048, low=1)  # 16 x 128: whole GEMM tiles
-    mlp_slope: float = shape(0.5, high=1)  # of the activation's negative side; 0: plain relu^2
-    rope_dims: int = shape(32)  # of each head's 128; the rest carries no position
-    key_shift: int = shape(0, high=1)  # 1: key dims without RoPE come from the previous token
-    rope_base: float = shape(10_000.0, low=1e-12)  # longest wavelength over 2 pi, tokens
+    vocab_size: int = of_model(1024, low=2)  # of the tokenizer; embeddings are tied
+    num_layers: int = of_model(11, low=2)  # 5 encode, 6 decode: U-Net skips join them
+    model_dim: int = of_model(512, low=1)  # width of the residual stream
+    num_heads: int = of_model(4, low=1)  # of width 128: better and faster than 8 of 64
+    num_kv_heads: int = of_model(2, low=1)  # grouped-query attention, 2 query heads a group
+    mlp_hidden: int = of_model(2048, low=1)  # 16 x 128: whole GEMM tiles
+    mlp_slope: float = of_model(0.5, high=1)  # of the activation's negative side; 0: plain relu^2
+    rope_dims: int = of_model(32)  # of each head's 128; the rest carries no position
+    key_shift: int = of_model(0, high=1)  # 1: key dims without RoPE come from the previous token
+    rope_base: float = of_model(10_000.0, low=1e-12)  # longest wavelength over 2 pi, tokens
     # SmearGate blends the previous token in; so many dims of a token decide how much.
-    smear_dims: int = shape(12, low=2)
-    gate_dims: int = shape(0)  # inputs of the gate on each head's output; 0: no gates
-    xsa_layers: int = shape(4)  # last layers whose attention drops the token's own value
-    ve_layers: int = shape(2, low=1)  # last layers that add the value embedding to V
-    ve_dim: int = shape(128, low=1)  # of the shared value embedding, projected to V's width
-    logit_softcap: float = shape(30.0, low=1e-12)  # bounds logits, steadies early training
+    smear_dims: int = of_model(12, low=2)
+    gate_dims: int = of_model(0)  # inputs of the gate on each head's output; 0: no gates
+    xsa_layers: int = of_model(4)  # last layers whose attention drops the token's own value
+    ve_layers: int = of_model(2, low=1)  # last layers that add the value embedding to V
+    ve_dim: int = of_model(128, low=1)  # of the shared value embedding, projected to V's width
+    logit_softcap: float = of_model(30.0, low=1e-12)  # bounds logits, steadies early training
     qk_gain_init: float = setting(4.0)  # per-head sharpness of the attention logits
     embed_init_std: float = setting(0.005)  # near-uniform first predictions by the tied head
 
@@ -219,14 +223,16 @@ class Hyperparameters:
     iterations: int = setting(20_000, low=1)  # steps; this or the clock ends the run
     max_wallclock_seconds: float = setting(600.0)  # training clock; 0: no cap
     train_batch_tokens: int = setting(786_432, low=1)  # per step, over all ranks
-    train_seq_len: int = shape(2048, low=1)  # tokens of context, in training and evaluation
-    micro_batch_tokens: int = scoring(98_304)  # most tokens that one rank runs at once
+    train_seq_len: int = of_model(2048, low=1)  # tokens of context, in training and evaluation
+    # Most tokens that one rank runs at once; it changes no gradient but by rounding.
+    micro_batch_tokens: int = setting(98_304, trains=False)
     lr_warmup_steps: int = setting(30)  # from 0; without, the tied table jumps at first
     warmdown_fraction: float = setting(0.85, 1e-12, 1)  # of the run: lr falls linearly to 0
     warmdown_iters: int = setting(0)  # the same in steps; 0: use the fraction
     swa_threshold: float = setting(0.2)  # average the masters while the lr scale is below
     qat_threshold: float = setting(0.15)  # round the working weights while it is below
-    warmup_steps: int = scoring(2, low=1)  # untimed, random tokens, for each graph; then undone
+    # Untimed steps on random tokens that compile each graph; they are undone bit for bit.
+    warmup_steps: int = setting(2, low=1, trains=False)
 
     # Export, evaluation and log
     artifact_bytes: int = scoring(16_000_000)  # code plus packed weights stay below
@@ -240,7 +246,7 @@ class Hyperparameters:
     zstd_level: int = scoring(22, low=1, high=22)  # the highest; packing takes seconds
     eval_stride: int = scoring(64)  # new tokens scored per sliding window; 0: plain only
     val_batch_size: int = scoring(524_288, low=1)  # tokens per evaluation batch, over all ranks
-    eval_dump: str = label("")  # path: per-token losses of the last evaluation (NumPy .npz)
+    eval_dump: str = process("")  # path: per-token losses of the last evaluation (NumPy .npz)
     val_loss_every: int = label(1000)  # steps; 0: only at the end
     train_log_every: int = label(200, low=1)  # steps
 
@@ -306,6 +312,11 @@ ARCHITECTURE = tuple(
     field.name for field in dataclasses.fields(Hyperparameters) if field.metadata["architecture"]
 )
 
+# RESUME_FROM takes these from the environment, all others from its checkpoint.
+OF_THIS_PROCESS = tuple(
+    field.name for field in dataclasses.fields(Hyperparameters) if field.metadata["of_process"]
+)
+
 PRESETS: dict[str, dict[str, Any]] = {
     "card": {},
     # The card plus what pays but is none of its named techniques.
@@ -361,18 +372,6 @@ RETIRED = {
     "MUON_BACKEND_STEPS": "nothing: Polar Express has five",
     "TIE_EMBEDDINGS": "nothing: they are always tied",
 }
-
-
-# Settings of how and where a process runs; RESUME_FROM takes all others from its checkpoint.
-OF_THIS_PROCESS = (
-    "device",
-    "compile_backend",
-    "output_dir",
-    "eval_only",
-    "resume_from",
-    "on_interrupt",
-    "eval_dump",
-)
 
 
 def settings_of_process(env: Mapping[str, str]) -> Hyperparameters:
@@ -572,8 +571,10 @@ class RunLog:
             return
         line = line.encode(errors="backslashreplace").decode()  # names of files may hold any byte
         self.unwritten += line.encode() + b"\n"
-        with contextlib.suppress(OSError):  # no reason to lose what is trained: the next line
-            self.flush()  # tries again, and `RunFiles.finish` tells
+        # A full disk must not end the training: the next line tries again, and `RunFiles.finish`
+        # raises if the disk is still full at the end.
+        with contextlib.suppress(OSError):
+            self.flush()
         if self.terminal:  # what progress left there goes
             line = self.CLEAR_LINE + line
         self.show(line + "\n")
@@ -634,12 +635,12 @@ def read_shard(path: Path) -> np.ndarray:
     return np.frombuffer(pages, dtype="<u2", offset=SHARD_HEADER_BYTES)
 
 
-def is_shard(name: str, split: str = "(train|val)") -> bool:
+def is_shard(name: str) -> bool:
     """Six digits exactly: a second download, or bytes per token beside the tokens, is no shard."""
-    return re.fullmatch(rf"fineweb_{split}_[0-9]{{6}}\.bin", name) is not None
+    return re.fullmatch(r"fineweb_(train|val)_[0-9]{6}\.bin", name) is not None
 
 
-def no_shards(data_path: str) -> list[str]:
+def misnamed_shards(data_path: str) -> list[str]:
     """Names of the files that look like shards and are not read as such."""
     folder = Path(data_path)
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
@@ -647,11 +648,16 @@ def no_shards(data_path: str) -> list[str]:
     return [name for name in alike if not is_shard(name)]
 
 
-def open_split(data_path: str, split: str) -> list[np.ndarray]:
-    """All shards of `split` (train or val), in name order."""
+def shard_paths(data_path: str, split: str) -> list[Path]:
+    """The shards of `split` (train or val), in name order."""
     paths = sorted(Path(data_path).glob(f"fineweb_{split}_*.bin"))
-    paths = [path for path in paths if is_shard(path.name, split)]
-    others = "".join(f" {name!r}" for name in no_shards(data_path)[:3])
+    return [path for path in paths if is_shard(path.name)]
+
+
+def open_split(data_path: str, split: str) -> list[np.ndarray]:
+    """The tokens of each shard of `split`.  Raises RunError if there is none."""
+    paths = shard_paths(data_path, split)
+    others = "".join(f" {name!r}" for name in misnamed_shards(data_path)[:3])
     require(
         paths,
         f"DATA_PATH={data_path}: found no fineweb_{split}_NNNNNN.bin"
@@ -692,7 +698,7 @@ def check_tokenizer(h: Hyperparameters) -> None:
     stated = read_manifest(h.data_path).get("tokenizer")
     if isinstance(stated, dict) and stated.get("sha256") is not None:
         stated = stated["sha256"]
-        found = hashlib.sha256(Path(h.tokenizer_path).read_bytes()).hexdigest()
+        found = file_digest(Path(h.tokenizer_path))
     elif isinstance(stated, str) and len(stated) == 32:  # manifests before version 2
         model = Path(h.tokenizer_path).read_bytes()
         found = hashlib.blake2b(model, digest_size=16).hexdigest()
@@ -794,263 +800,6 @@ def prefetch(
             yield batch._replace(tokens=batch.tokens.to(device, non_blocking=True))
 
 
-# SHA-256 of the official tokenizers: they keep the number of the rule, whatever decoding gives.
-OFFICIAL_TOKENIZERS = {
-    "849ea920119b5135ace5016137e82ab397738fc29d723d5f9a6b74c4e31af191",  # fineweb_1024_bpe.model
-    "d76de35070ed9feb76afe3a7efc3a1a0e91e9aa4978360ecdc7fbc22a9725512",  # fineweb_4096_bpe.model
-    "4e979c92754cc9d7bdebd9dfe5edf3fc0b41b38714b394e4297fa851e3afd516",  # fineweb_8192_bpe.model
-}
-REPLACEMENT = "\ufffd"  # what SentencePiece decodes each byte to that is part of no character
-
-
-class ByteTable(NamedTuple):
-    """The challenge's rule: UTF-8 bytes that a target token adds to the text (arrays of V).
-
-    A piece counts without its leading mark, and the mark counts 1 unless the previous token is a
-    boundary.  The rule is exact if pieces hold a space only in front and nothing is unknown.
-    Case marks, alone or within a piece, count 0: the text is the one before they were set.
-    """
-
-    base: np.ndarray  # int64, without the leading space; a byte-fallback token is 1
-    leading_space: np.ndarray  # bool, counted unless the previous token is a boundary
-    boundary: np.ndarray  # bool, control, unknown and unused tokens
-    decoder: Any = None  # the SentencePieceProcessor; without it the rule cannot be checked
-    official: bool = False  # one of the challenge's own tokenizers
-    case_marked: bool = False  # its pieces include the case marks
-
-    def count(self, tokens: np.ndarray) -> int:
-        """Bytes of tokens[1:], each given its predecessor."""
-        counts = np.bincount(tokens[1:], minlength=len(self.base))
-        after_boundary = tokens[1:][self.boundary[tokens[:-1]]]
-        uncounted = self.leading_space[after_boundary].sum()
-        return int(counts @ (self.base + self.leading_space) - uncounted)
-
-
-def load_byte_table(tokenizer_path: str, vocab_size: int) -> ByteTable:
-    """From a SentencePiece model.  RunError if missing, of another vocabulary or another BOS."""
-    path = Path(tokenizer_path)
-    try:
-        decoder = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    except (RuntimeError, OSError):
-        raise RunError(
-            f"TOKENIZER_PATH={tokenizer_path}: missing or not a SentencePiece model; {GET_DATA}"
-        ) from None
-    require(
-        decoder.vocab_size() == vocab_size,
-        f"TOKENIZER_PATH={tokenizer_path}: expected VOCAB_SIZE={vocab_size} pieces, "
-        f"found {decoder.vocab_size()}; set both to the same vocabulary",
-    )
-    require(
-        decoder.bos_id() == BOS_ID,
-        f"TOKENIZER_PATH={tokenizer_path}: expected BOS id {BOS_ID}, found {decoder.bos_id()}; "
-        "documents could not be told apart: train the tokenizer with that id, then encode again",
-    )
-
-    ids = list(range(vocab_size))
-    pieces = decoder.id_to_piece(ids)
-    kinds = [decoder.is_control(ids), decoder.is_unknown(ids), decoder.is_unused(ids)]
-    boundary = np.any(kinds, axis=0)
-    spaced = np.array([piece.startswith(SPACE) for piece in pieces])
-    case_marked = {"\ue001", "\ue002", "\ue004"} <= set(pieces)  # U+E003 only in others' ones
-    sizes = np.array([utf8_size(piece.removeprefix(SPACE), case_marked) for piece in pieces])
-    sizes[decoder.is_byte(ids)] = 1
-    sizes[boundary] = 0
-    official = digest in OFFICIAL_TOKENIZERS
-    return ByteTable(sizes, spaced & ~boundary, boundary, decoder, official, case_marked)
-
-
-def utf8_size(text: str, case_marked: bool) -> int:
-    """UTF-8 bytes of `text`, of which case marks, 3 bytes each, stand for none."""
-    marks = sum(map(text.count, CASE_MARKS)) if case_marked else 0
-    return len(text.encode()) - 3 * marks
-
-
-def occurrences(tokens: np.ndarray, pattern: list[int]) -> int:
-    """How often the ids of `pattern` follow each other in `tokens`."""
-    last = max(0, len(tokens) - len(pattern) + 1)
-    found = np.ones(last, dtype=bool)
-    for offset, token in enumerate(pattern):
-        found &= tokens[offset : offset + last] == token
-    return int(found.sum())
-
-
-def spelling(decoder: Any, character: str) -> list[int]:
-    """Ids of the byte tokens that spell `character`; -1, no token, if the model has none."""
-    ids = [decoder.piece_to_id(f"<0x{byte:02X}>") for byte in character.encode()]
-    return [token if decoder.is_byte(token) else -1 for token in ids]
-
-
-def decoded_bytes(tokens: np.ndarray, table: ByteTable) -> tuple[int, int]:
-    """UTF-8 bytes of the text of tokens[1:], and how many byte tokens spell no character.
-
-    SentencePiece decodes document by document; where that does not give the text back, the count
-    is set right.  Byte tokens that spell U+2581 stand for a space.  The dummy space that encoding
-    adds is no text, but decoding leaves it if byte tokens spell it, or if it stands at the end
-    (treat_whitespace_as_suffix), where a space of the text is dropped from the front instead.  A
-    byte that belongs to no character, as where a text was cut, decodes to the three of U+FFFD: it
-    counts 1, as it did in the text.
-    """
-    decoder = table.decoder
-    dummy = decoder.normalize("a")
-    size = replaced = 0
-    documents = np.split(tokens, np.flatnonzero(tokens == BOS_ID))
-    for start in range(0, len(documents), 512):
-        batch = [document.tolist() for document in documents[start : start + 512]]
-        for text in decoder.decode(batch):
-            size += utf8_size(text, table.case_marked) - 2 * text.count(SPACE)
-            replaced += text.count(REPLACEMENT)
-            if dummy.endswith(SPACE) and text.endswith((" ", SPACE)):
-                size -= 1
-
-    if dummy.startswith(SPACE):
-        size -= occurrences(tokens, [BOS_ID, *spelling(decoder, SPACE)])
-    if dummy.endswith(SPACE):
-        size += int(table.leading_space[tokens[1:][tokens[:-1] == BOS_ID]].sum())
-    if replaced:  # less those that are characters of the text, spelled in bytes or within pieces
-        replaced -= occurrences(tokens, spelling(decoder, REPLACEMENT))
-        for token, times in enumerate(np.bincount(tokens).tolist()):
-            if times and not decoder.is_byte(token):
-                replaced -= times * decoder.decode([token]).count(REPLACEMENT)
-
-    first = int(tokens[0])  # no target
-    first_size = utf8_size(decoder.decode([first]), table.case_marked)
-    if decoder.is_byte(first):
-        first_size = 1
-    return size - 2 * replaced - first_size, replaced
-
-
-def explain_difference(tokens: np.ndarray, table: ByteTable, difference: int) -> str:
-    """The decoded bytes minus the rule's, split by cause."""
-    decoder = table.decoder
-    ids = list(range(len(table.base)))
-    counts = np.bincount(tokens[1:], minlength=len(ids))
-
-    left_out = np.flatnonzero(table.boundary & ~np.array(decoder.is_control(ids))).tolist()
-    shown = sum(int(counts[i]) * len(decoder.decode([i]).encode()) for i in left_out)
-    marks = np.array([piece[1:].count(SPACE) for piece in decoder.id_to_piece(ids)])
-    marks[table.boundary] = 0
-    parts = {
-        "unknown tokens, of no bytes by the rule": shown,
-        "spaces within or behind pieces, of 3 bytes by the rule": -2 * int(counts @ marks),
-        "spaces in 3 byte tokens": -2 * occurrences(tokens, spelling(decoder, SPACE)),
-    }
-    rest = difference - sum(parts.values())
-    parts["the dummy space of each document and spaces beside control or unknown tokens"] = rest
-    return ", ".join(f"{size:+,} for {cause}" for cause, size in parts.items() if size)
-
-
-def text_bytes(tokens: np.ndarray, table: ByteTable) -> tuple[int, str | None]:
-    """UTF-8 bytes of the text of tokens[1:], and a line for the log where they need a word.
-
-    They are those that decoding gives, whatever the tokenizer; but for the official tokenizers
-    those of the rule, by which the challenge compares.  Takes about 10 s for 62M tokens.
-    """
-    by_rule = table.count(tokens)
-    if table.decoder is None:
-        return by_rule, None
-
-    decoded, stray = decoded_bytes(tokens, table)
-    notes = []
-    if decoded != by_rule:
-        reasons = explain_difference(tokens, table, decoded - by_rule)
-        used = "the rule, as the tokenizer is official" if table.official else "the decoded text"
-        notes.append(
-            f"the tokens decode to {decoded:,} bytes, the challenge's rule counts {by_rule:,} "
-            f"({reasons}); val_bytes and val_bpb are by {used}"
-        )
-    if stray:
-        notes.append(
-            f"{stray:,} byte tokens spell no character and count 1 each: "
-            "a document was cut, or the tokenizer is another one's"
-        )
-    used_bytes = by_rule if table.official else decoded
-    return used_bytes, "; ".join(notes) or None
-
-
-def stated_by_manifest(data_path: str) -> tuple[int, list[str]] | None:
-    """Bytes of the validation text and the SHA-256 of each shard; None if it states no such."""
-    try:
-        split = read_manifest(data_path)["splits"]["val"]
-        return int(split["bytes"]), [shard["sha256"] for shard in split["shards"]]
-    except (LookupError, TypeError, ValueError):
-        return None
-
-
-def original_bytes(h: Hyperparameters, tokens: np.ndarray, counted: int) -> tuple[int, str]:
-    """UTF-8 bytes of the original text of a case-marked split, and a line for the log: the proof.
-
-    The `counted` bytes of the pieces are right if prepare_data.py asserted them against the text,
-    which the manifest of these very shards states.  Other programs put bytes per token beside the
-    shards, some of a text before a normaliser: the smaller number divides.
-    RunError if what is stated is of other shards or of another text.
-    """
-    folder = Path(h.data_path)
-    manifest = stated_by_manifest(h.data_path)
-    if manifest:
-        stated, digests = manifest
-        shards = sorted(path for path in folder.glob("fineweb_val_*.bin") if is_shard(path.name))
-        found = [hashlib.sha256(path.read_bytes()).hexdigest() for path in shards]
-        require(
-            (found, counted) == (digests, stated),
-            f"{folder}/manifest.json states {stated:,} bytes of text for other shards than these, "
-            f"of {counted:,} bytes by the tokenizer's pieces; build the case-marked shards again",
-        )
-        return counted, f"manifest.json proves val_bytes {counted:,} for these shards"
-
-    beside = sorted(folder.glob("fineweb_val_bytes_*.bin"))
-    if not beside:
-        return counted, (
-            f"neither manifest.json nor fineweb_val_bytes_*.bin proves val_bytes {counted:,}, "
-            "which are by the tokenizer's pieces alone"
-        )
-    sizes = np.concatenate([read_shard(path) for path in beside])
-    stated = int(sizes[1:].sum(dtype=np.int64))
-    require(
-        len(sizes) == len(tokens) and abs(stated - counted) < counted / 1000,
-        f"{beside[0]}: states {stated:,} bytes for {len(sizes):,} tokens, expected {len(tokens):,} "
-        f"of {counted:,} bytes by the tokenizer's pieces; fetch shards and bytes again",
-    )
-    return min(stated, counted), (
-        f"fineweb_val_bytes_*.bin state {stated:,} bytes of text, the tokenizer's pieces count "
-        f"{counted:,}; val_bpb is by the smaller number"
-    )
-
-
-def foreign_tokenizer(tokens: np.ndarray, table: ByteTable) -> str | None:
-    """A line for the log if the shards seem to be of another tokenizer, else None.
-
-    Encoding what a document decodes to gives its tokens again, but for a dummy space that stays in
-    the text.  With another tokenizer of the same size, tokens decode to fragments that it would
-    never encode so.
-    """
-    decoder = table.decoder
-    if decoder is None:
-        return None
-    sample = tokens[: 1 << 17]
-    control = np.array(decoder.is_control(list(range(len(table.base)))))
-    parts = np.split(sample, np.flatnonzero(control[sample]))
-    # The first part has no beginning, the last one may be cut; unknown text has no tokens.
-    known = [part[1:] for part in parts[1:-1] if not table.boundary[part[1:]].any()]
-    known = [document for document in known if len(document)]
-    edge = 0
-    if not known:  # blocks then, less what a cut changes at their ends
-        runs = np.split(sample, np.flatnonzero(table.boundary[sample]))
-        known = [run[i : i + 256] for run in runs for i in range(1, len(run) - 32, 256)]
-        edge = 8
-
-    same = 0
-    for ids in known:
-        again = np.array(decoder.encode(decoder.decode(ids.tolist())), dtype=ids.dtype)
-        same += ids[edge : len(ids) - edge].tobytes() in again.tobytes()
-    if same >= 0.8 * len(known):
-        return None
-    return (
-        f"only {same} of {len(known)} validation documents give their tokens again when their text "
-        "is encoded with TOKENIZER_PATH; if the shards are of another tokenizer, val_bpb is wrong"
-    )
-
-
 # ---- 5. Model -----------------------------------------------------------------------------------
 RMS_EPS = 1e-6
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q (B,T,H,E), k and v (B,T,K,E) -> (B,T,H,E)
@@ -1084,9 +833,9 @@ class Grid(NamedTuple):
 
     def shard(self, rank: int, world_size: int) -> Grid:
         """The grid of one rank's ceil(N / world_size) matrices; padding gets ones."""
-        count = math.ceil(len(self.qmax) / world_size)
-        mine = slice(rank * count, (rank + 1) * count)
-        padding = (1,) * (count * world_size - len(self.qmax))
+        per_rank = math.ceil(len(self.qmax) / world_size)
+        mine = slice(rank * per_rank, (rank + 1) * per_rank)
+        padding = (1,) * (per_rank * world_size - len(self.qmax))
         return Grid((self.qmax + padding)[mine], (self.step_ratio + padding)[mine])
 
 
@@ -1311,9 +1060,9 @@ def gate_heads(y_BTHE: Tensor, x_BTD: Tensor, gate_HC: Tensor) -> Tensor:
     return y_BTHE * factor_BTH[..., None]
 
 
-def relu2_mlp(x_BTD: Tensor, up_ND: Tensor, down_ND: Tensor, scale: float, slope: float) -> Tensor:
+def relu2_mlp(x_BTD: Tensor, up_FD: Tensor, down_FD: Tensor, scale: float, slope: float) -> Tensor:
     """leaky_relu(scale norm(x) up^T)^2 down (So et al., Primer, 2021; the slope: pg#493)."""
-    return F.leaky_relu(F.linear(rms_norm(x_BTD) * scale, up_ND), slope).square() @ down_ND
+    return F.leaky_relu(F.linear(rms_norm(x_BTD) * scale, up_FD), slope).square() @ down_FD
 
 
 def has_previous(inputs_BT: Tensor) -> Tensor:
@@ -1369,8 +1118,8 @@ class Shared(NamedTuple):
     rotary: Tensor
     qkv_CD: tuple[Tensor, ...]
     out_DD: tuple[Tensor, ...]
-    up_ND: tuple[Tensor, ...]
-    down_ND: tuple[Tensor, ...]
+    up_FD: tuple[Tensor, ...]
+    down_FD: tuple[Tensor, ...]
 
 
 class GPT(nn.Module):
@@ -1462,8 +1211,8 @@ class GPT(nn.Module):
         return q, k, v
 
     def feed_forward(self, x_BTD: Tensor, layer: LayerPlan, shared: Shared) -> Tensor:
-        up = shared.up_ND[layer.number]
-        down = shared.down_ND[layer.number]
+        up = shared.up_FD[layer.number]
+        down = shared.down_FD[layer.number]
         return self.kernels.mlp(x_BTD, up, down, layer.depth_scale, self.h.mlp_slope)
 
     def losses(self, x_BTD: Tensor, targets_BT: Tensor) -> Tensor:
@@ -1480,9 +1229,10 @@ class GPT(nn.Module):
 # Fast twins of four functions of the model and of late QAT's rounding, for CUDA; skip this section
 # on first reading.
 jit = triton.jit if triton else lambda function: function
-PROCESSORS = 132  # of an H100 or H200; with more programs than these, some would wait
+SM_COUNT = 132  # of an H100 or H200; with more programs than these, some would wait
 HEAD_ROWS = 16  # tokens that one program of the kernel for heads takes
-LOSS_VALUES, LOSS_REGISTERS = 32, 64  # of a thread of the loss's kernel: logits, registers
+LOSS_VALUES = 32  # logits that one thread of `softcap_loss_kernel` holds
+LOSS_REGISTERS = 64  # most registers of such a thread, so that more programs run at once
 
 
 class Tiling(NamedTuple):
@@ -1582,7 +1332,7 @@ def linear_relu2(
     if post_MN is not None:
         post = tiles_of(post_MN, quarter)
     tiles = math.ceil(len(a_MK) / tiling.rows) * math.ceil(len(b_NK) / tiling.columns)
-    linear_relu2_kernel[(min(tiles, tiling.programs * PROCESSORS),)](
+    linear_relu2_kernel[(min(tiles, tiling.programs * SM_COUNT),)](
         a,
         b,
         scale_M,
@@ -1612,23 +1362,23 @@ class FusedMLP(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, x_BTD: Tensor, up_ND: Tensor, down_ND: Tensor, depth_scale: float, slope: float
+        ctx: Any, x_BTD: Tensor, up_FD: Tensor, down_FD: Tensor, depth_scale: float, slope: float
     ) -> Tensor:
         ctx.depth_scale = depth_scale
         ctx.slope = slope
         x_MD = x_BTD.flatten(0, 1)
         scale_M = depth_scale * torch.rsqrt(x_MD.float().square().mean(-1) + RMS_EPS)
-        post_MN = linear_relu2(x_MD, up_ND, scale_M, slope)
-        ctx.save_for_backward(x_MD, up_ND, down_ND, scale_M, post_MN)
-        return (post_MN @ down_ND).view_as(x_BTD)
+        post_MN = linear_relu2(x_MD, up_FD, scale_M, slope)
+        ctx.save_for_backward(x_MD, up_FD, down_FD, scale_M, post_MN)
+        return (post_MN @ down_FD).view_as(x_BTD)
 
     @staticmethod
     def backward(ctx: Any, dy_BTD: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        x_MD, up_ND, down_ND, scale_M, post_MN = ctx.saved_tensors
+        x_MD, up_FD, down_FD, scale_M, post_MN = ctx.saved_tensors
         dy_MD = dy_BTD.flatten(0, 1)
         # Gradient before the activation, times the norm's scale, which dx and dup both need.
-        du_MN = linear_relu2(dy_MD, down_ND, scale_M, ctx.slope, post_MN)
-        dx_MD = (du_MN @ up_ND).float()
+        du_MN = linear_relu2(dy_MD, down_FD, scale_M, ctx.slope, post_MN)
+        dx_MD = (du_MN @ up_FD).float()
         x32 = x_MD.float()
         # The norm takes out the part of the gradient along x.
         inverse_rms_M = scale_M / ctx.depth_scale
@@ -2331,12 +2081,12 @@ class Bank(NamedTuple):
         cls, name: str, row: ParameterRow, parameter: nn.Parameter, runtime: Runtime
     ) -> Bank:
         """Moves the working weights into the padded tensor and takes this rank's masters."""
-        count, rows, columns = parameter.shape
-        share = math.ceil(count / runtime.world_size)
-        padded = parameter.data.new_zeros(share * runtime.world_size, rows, columns)
-        padded[:count] = parameter.data
-        parameter.data = padded[:count]
-        mine = slice(runtime.rank * share, (runtime.rank + 1) * share)
+        matrices_in_bank, rows, columns = parameter.shape
+        per_rank = math.ceil(matrices_in_bank / runtime.world_size)
+        padded = parameter.data.new_zeros(per_rank * runtime.world_size, rows, columns)
+        padded[:matrices_in_bank] = parameter.data
+        parameter.data = padded[:matrices_in_bank]
+        mine = slice(runtime.rank * per_rank, (runtime.rank + 1) * per_rank)
         master = padded[mine].float().clone()  # float() alone would alias float32 weights
         neurons = master[:, :, :1] if rows >= columns else master[:, :1]
         mean_square = torch.zeros_like(neurons)
@@ -2525,7 +2275,7 @@ class Optimizer:
         shards = self.reduce(loss, dict(zip(self.names, grads, strict=True)))
         norm = self.gradient_norm(shards)
         finite = norm.isfinite()
-        self.step(shards, self.clip_factor(norm), self.lr * finite)
+        self.move_masters(shards, self.clip_factor(norm), self.lr * finite)
         self.write_back()
         return torch.where(finite, self.small.loss, torch.nan)
 
@@ -2551,8 +2301,8 @@ class Optimizer:
         most = self.h.grad_clip_norm or math.inf
         return (most / (norm + 1e-6)).clamp(max=1.0).nan_to_num()
 
-    def step(self, shards: list[Tensor], clip: Tensor, lr: Tensor) -> None:
-        """Moves the masters."""
+    def move_masters(self, shards: list[Tensor], clip: Tensor, lr: Tensor) -> None:
+        """Muon on this rank's shards, AdamW on the rest; `lr` is 0 where nothing may move."""
         h = self.h
         small = self.small
         matrix_lr = lr * h.matrix_lr
@@ -2655,7 +2405,7 @@ class RunningMean:
 HASHED_FROM = 44  # first byte after magic, version and digest
 
 
-def rounded(
+def quantized_tensors(
     state: Mapping[str, Tensor], h: Hyperparameters, grid_step: float
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
     """(name, int8 codes (N, R, C), float32 scales (N, R, 1)) of every tensor that has a grid."""
@@ -2668,7 +2418,9 @@ def rounded(
 
 def pack(state: Mapping[str, Tensor], h: Hyperparameters, grid_step: float) -> bytes:
     """The artifact's bytes; the same input always gives the same bytes."""
-    coded = {name: [scales, *codes] for name, codes, scales in rounded(state, h, grid_step)}
+    coded = {
+        name: [scales, *codes] for name, codes, scales in quantized_tensors(state, h, grid_step)
+    }
     plain = {name: [w.half()] for name, w in state.items() if name not in coded}
     parts = coded | plain
 
@@ -2799,7 +2551,7 @@ def pack_stages(
 
 def coded_bytes(state: Mapping[str, Tensor], h: Hyperparameters, grid_step: float) -> float:
     """Entropy of all codes."""
-    return sum(entropy_bits(codes) for _, codes, _ in rounded(state, h, grid_step)) / 8
+    return sum(entropy_bits(codes) for _, codes, _ in quantized_tensors(state, h, grid_step)) / 8
 
 
 def pack_trial(
@@ -2861,7 +2613,267 @@ def check_packable(state: Mapping[str, Tensor], h: Hyperparameters) -> None:
         )
 
 
-# ---- 11. Evaluation -----------------------------------------------------------------------------
+# ---- 11. Bytes of the text ----------------------------------------------------------------------
+SPACE = "\u2581"  # SentencePiece's mark of a leading space
+CASE_MARKS = "\ue001\ue002\ue003\ue004"  # for capitals and escapes, of no bytes in the text
+FINEWEB_VAL_BYTES = 151_080_363  # of the published split: pg#543's tokens * loss / ln 2 / bpb
+# SHA-256 of the official tokenizers: they keep the number of the rule, whatever decoding gives.
+OFFICIAL_TOKENIZERS = {
+    "849ea920119b5135ace5016137e82ab397738fc29d723d5f9a6b74c4e31af191",  # fineweb_1024_bpe.model
+    "d76de35070ed9feb76afe3a7efc3a1a0e91e9aa4978360ecdc7fbc22a9725512",  # fineweb_4096_bpe.model
+    "4e979c92754cc9d7bdebd9dfe5edf3fc0b41b38714b394e4297fa851e3afd516",  # fineweb_8192_bpe.model
+}
+REPLACEMENT = "\ufffd"  # what SentencePiece decodes each byte to that is part of no character
+
+
+class ByteTable(NamedTuple):
+    """The challenge's rule: UTF-8 bytes that a target token adds to the text (arrays of V).
+
+    A piece counts without its leading mark, and the mark counts 1 unless the previous token is a
+    boundary.  The rule is exact if pieces hold a space only in front and nothing is unknown.
+    Case marks, alone or within a piece, count 0: the text is the one before they were set.
+    """
+
+    base: np.ndarray  # int64, without the leading space; a byte-fallback token is 1
+    leading_space: np.ndarray  # bool, counted unless the previous token is a boundary
+    boundary: np.ndarray  # bool, control, unknown and unused tokens
+    decoder: Any = None  # the SentencePieceProcessor; without it the rule cannot be checked
+    official: bool = False  # one of the challenge's own tokenizers
+    case_marked: bool = False  # its pieces include the case marks
+
+    def count(self, tokens: np.ndarray) -> int:
+        """Bytes of tokens[1:], each given its predecessor."""
+        counts = np.bincount(tokens[1:], minlength=len(self.base))
+        after_boundary = tokens[1:][self.boundary[tokens[:-1]]]
+        uncounted = self.leading_space[after_boundary].sum()
+        return int(counts @ (self.base + self.leading_space) - uncounted)
+
+
+def load_byte_table(tokenizer_path: str, vocab_size: int) -> ByteTable:
+    """From a SentencePiece model.  RunError if missing, of another vocabulary or another BOS."""
+    path = Path(tokenizer_path)
+    try:
+        decoder = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        digest = file_digest(path)
+    except (RuntimeError, OSError):
+        raise RunError(
+            f"TOKENIZER_PATH={tokenizer_path}: missing or not a SentencePiece model; {GET_DATA}"
+        ) from None
+    require(
+        decoder.vocab_size() == vocab_size,
+        f"TOKENIZER_PATH={tokenizer_path}: expected VOCAB_SIZE={vocab_size} pieces, "
+        f"found {decoder.vocab_size()}; set both to the same vocabulary",
+    )
+    require(
+        decoder.bos_id() == BOS_ID,
+        f"TOKENIZER_PATH={tokenizer_path}: expected BOS id {BOS_ID}, found {decoder.bos_id()}; "
+        "documents could not be told apart: train the tokenizer with that id, then encode again",
+    )
+
+    ids = list(range(vocab_size))
+    pieces = decoder.id_to_piece(ids)
+    kinds = [decoder.is_control(ids), decoder.is_unknown(ids), decoder.is_unused(ids)]
+    boundary = np.any(kinds, axis=0)
+    spaced = np.array([piece.startswith(SPACE) for piece in pieces])
+    case_marked = {"\ue001", "\ue002", "\ue004"} <= set(pieces)  # U+E003 only in others' ones
+    sizes = np.array([utf8_size(piece.removeprefix(SPACE), case_marked) for piece in pieces])
+    sizes[decoder.is_byte(ids)] = 1
+    sizes[boundary] = 0
+    official = digest in OFFICIAL_TOKENIZERS
+    return ByteTable(sizes, spaced & ~boundary, boundary, decoder, official, case_marked)
+
+
+def utf8_size(text: str, case_marked: bool) -> int:
+    """UTF-8 bytes of `text`, of which case marks, 3 bytes each, stand for none."""
+    marks = sum(map(text.count, CASE_MARKS)) if case_marked else 0
+    return len(text.encode()) - 3 * marks
+
+
+def occurrences(tokens: np.ndarray, pattern: list[int]) -> int:
+    """How often the ids of `pattern` follow each other in `tokens`."""
+    last = max(0, len(tokens) - len(pattern) + 1)
+    found = np.ones(last, dtype=bool)
+    for offset, token in enumerate(pattern):
+        found &= tokens[offset : offset + last] == token
+    return int(found.sum())
+
+
+def spelling(decoder: Any, character: str) -> list[int]:
+    """Ids of the byte tokens that spell `character`; -1, no token, if the model has none."""
+    ids = [decoder.piece_to_id(f"<0x{byte:02X}>") for byte in character.encode()]
+    return [token if decoder.is_byte(token) else -1 for token in ids]
+
+
+def decoded_bytes(tokens: np.ndarray, table: ByteTable) -> tuple[int, int]:
+    """UTF-8 bytes of the text of tokens[1:], and how many byte tokens spell no character.
+
+    SentencePiece decodes document by document; where that does not give the text back, the count
+    is set right.  Byte tokens that spell U+2581 stand for a space.  The dummy space that encoding
+    adds is no text, but decoding leaves it if byte tokens spell it, or if it stands at the end
+    (treat_whitespace_as_suffix), where a space of the text is dropped from the front instead.  A
+    byte that belongs to no character, as where a text was cut, decodes to the three of U+FFFD: it
+    counts 1, as it did in the text.
+    """
+    decoder = table.decoder
+    dummy = decoder.normalize("a")
+    size = replaced = 0
+    documents = np.split(tokens, np.flatnonzero(tokens == BOS_ID))
+    for start in range(0, len(documents), 512):
+        batch = [document.tolist() for document in documents[start : start + 512]]
+        for text in decoder.decode(batch):
+            size += utf8_size(text, table.case_marked) - 2 * text.count(SPACE)
+            replaced += text.count(REPLACEMENT)
+            if dummy.endswith(SPACE) and text.endswith((" ", SPACE)):
+                size -= 1
+
+    if dummy.startswith(SPACE):
+        size -= occurrences(tokens, [BOS_ID, *spelling(decoder, SPACE)])
+    if dummy.endswith(SPACE):
+        size += int(table.leading_space[tokens[1:][tokens[:-1] == BOS_ID]].sum())
+    if replaced:  # less those that are characters of the text, spelled in bytes or within pieces
+        replaced -= occurrences(tokens, spelling(decoder, REPLACEMENT))
+        for token, times in enumerate(np.bincount(tokens).tolist()):
+            if times and not decoder.is_byte(token):
+                replaced -= times * decoder.decode([token]).count(REPLACEMENT)
+
+    first = int(tokens[0])  # no target
+    first_size = utf8_size(decoder.decode([first]), table.case_marked)
+    if decoder.is_byte(first):
+        first_size = 1
+    return size - 2 * replaced - first_size, replaced
+
+
+def explain_difference(tokens: np.ndarray, table: ByteTable, difference: int) -> str:
+    """The decoded bytes minus the rule's, split by cause."""
+    decoder = table.decoder
+    ids = list(range(len(table.base)))
+    counts = np.bincount(tokens[1:], minlength=len(ids))
+
+    left_out = np.flatnonzero(table.boundary & ~np.array(decoder.is_control(ids))).tolist()
+    shown = sum(int(counts[i]) * len(decoder.decode([i]).encode()) for i in left_out)
+    marks = np.array([piece[1:].count(SPACE) for piece in decoder.id_to_piece(ids)])
+    marks[table.boundary] = 0
+    parts = {
+        "unknown tokens, of no bytes by the rule": shown,
+        "spaces within or behind pieces, of 3 bytes by the rule": -2 * int(counts @ marks),
+        "spaces in 3 byte tokens": -2 * occurrences(tokens, spelling(decoder, SPACE)),
+    }
+    rest = difference - sum(parts.values())
+    parts["the dummy space of each document and spaces beside control or unknown tokens"] = rest
+    return ", ".join(f"{size:+,} for {cause}" for cause, size in parts.items() if size)
+
+
+def count_text_bytes(tokens: np.ndarray, table: ByteTable) -> tuple[int, str | None]:
+    """UTF-8 bytes of the text of tokens[1:], and a line for the log where they need a word.
+
+    They are those that decoding gives, whatever the tokenizer; but for the official tokenizers
+    those of the rule, by which the challenge compares.  Takes about 10 s for 62M tokens.
+    """
+    by_rule = table.count(tokens)
+    if table.decoder is None:
+        return by_rule, None
+
+    decoded, stray = decoded_bytes(tokens, table)
+    notes = []
+    if decoded != by_rule:
+        reasons = explain_difference(tokens, table, decoded - by_rule)
+        used = "the rule, as the tokenizer is official" if table.official else "the decoded text"
+        notes.append(
+            f"the tokens decode to {decoded:,} bytes, the challenge's rule counts {by_rule:,} "
+            f"({reasons}); val_bytes and val_bpb are by {used}"
+        )
+    if stray:
+        notes.append(
+            f"{stray:,} byte tokens spell no character and count 1 each: "
+            "a document was cut, or the tokenizer is another one's"
+        )
+    used_bytes = by_rule if table.official else decoded
+    return used_bytes, "; ".join(notes) or None
+
+
+def stated_by_manifest(data_path: str) -> tuple[int, list[str]] | None:
+    """Bytes of the validation text and the SHA-256 of each shard; None if it states no such."""
+    try:
+        split = read_manifest(data_path)["splits"]["val"]
+        return int(split["bytes"]), [shard["sha256"] for shard in split["shards"]]
+    except (LookupError, TypeError, ValueError):
+        return None
+
+
+def original_bytes(h: Hyperparameters, tokens: np.ndarray, counted: int) -> tuple[int, str]:
+    """UTF-8 bytes of the original text of a case-marked split, and a line for the log: the proof.
+
+    The `counted` bytes of the pieces are right if prepare_data.py asserted them against the text,
+    which the manifest of these very shards states.  Other programs put bytes per token beside the
+    shards, some of a text before a normaliser: the smaller number divides.
+    RunError if what is stated is of other shards or of another text.
+    """
+    folder = Path(h.data_path)
+    manifest = stated_by_manifest(h.data_path)
+    if manifest:
+        stated, digests = manifest
+        found = [file_digest(path) for path in shard_paths(h.data_path, "val")]
+        require(
+            (found, counted) == (digests, stated),
+            f"{folder}/manifest.json states {stated:,} bytes of text for other shards than these, "
+            f"of {counted:,} bytes by the tokenizer's pieces; build the case-marked shards again",
+        )
+        return counted, f"manifest.json proves val_bytes {counted:,} for these shards"
+
+    beside = sorted(folder.glob("fineweb_val_bytes_*.bin"))
+    if not beside:
+        return counted, (
+            f"neither manifest.json nor fineweb_val_bytes_*.bin proves val_bytes {counted:,}, "
+            "which are by the tokenizer's pieces alone"
+        )
+    sizes = np.concatenate([read_shard(path) for path in beside])
+    stated = int(sizes[1:].sum(dtype=np.int64))
+    require(
+        len(sizes) == len(tokens) and abs(stated - counted) < counted / 1000,
+        f"{beside[0]}: states {stated:,} bytes for {len(sizes):,} tokens, expected {len(tokens):,} "
+        f"of {counted:,} bytes by the tokenizer's pieces; fetch shards and bytes again",
+    )
+    return min(stated, counted), (
+        f"fineweb_val_bytes_*.bin state {stated:,} bytes of text, the tokenizer's pieces count "
+        f"{counted:,}; val_bpb is by the smaller number"
+    )
+
+
+def foreign_tokenizer(tokens: np.ndarray, table: ByteTable) -> str | None:
+    """A line for the log if the shards seem to be of another tokenizer, else None.
+
+    Encoding what a document decodes to gives its tokens again, but for a dummy space that stays in
+    the text.  With another tokenizer of the same size, tokens decode to fragments that it would
+    never encode so.
+    """
+    decoder = table.decoder
+    if decoder is None:
+        return None
+    sample = tokens[: 1 << 17]
+    control = np.array(decoder.is_control(list(range(len(table.base)))))
+    parts = np.split(sample, np.flatnonzero(control[sample]))
+    # The first part has no beginning, the last one may be cut; unknown text has no tokens.
+    known = [part[1:] for part in parts[1:-1] if not table.boundary[part[1:]].any()]
+    known = [document for document in known if len(document)]
+    edge = 0
+    if not known:  # blocks then, less what a cut changes at their ends
+        runs = np.split(sample, np.flatnonzero(table.boundary[sample]))
+        known = [run[i : i + 256] for run in runs for i in range(1, len(run) - 32, 256)]
+        edge = 8
+
+    same = 0
+    for ids in known:
+        again = np.array(decoder.encode(decoder.decode(ids.tolist())), dtype=ids.dtype)
+        same += ids[edge : len(ids) - edge].tobytes() in again.tobytes()
+    if same >= 0.8 * len(known):
+        return None
+    return (
+        f"only {same} of {len(known)} validation documents give their tokens again when their text "
+        "is encoded with TOKENIZER_PATH; if the shards are of another tokenizer, val_bpb is wrong"
+    )
+
+
+# ---- 12. Evaluation -----------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Score:
     """Sums over a split."""
@@ -2903,7 +2915,7 @@ class Evaluator:
         self.runtime = runtime
         self.targets = len(tokens) - 1
         require(self.targets > 0, "validation split: expected at least 2 tokens; build it again")
-        self.text_bytes, bytes_note = text_bytes(tokens, table)
+        self.text_bytes, bytes_note = count_text_bytes(tokens, table)
         self.notes = [note for note in (bytes_note, foreign_tokenizer(tokens, table)) if note]
         self.val_digest = hashlib.sha256(tokens.astype("<u2").tobytes()).hexdigest()
         self.dataset = dataset_label(h, self.text_bytes)
@@ -3015,7 +3027,7 @@ def dataset_label(h: Hyperparameters, text_bytes: int) -> str:
     return "proxy"
 
 
-# ---- 12. Training -------------------------------------------------------------------------------
+# ---- 13. Training -------------------------------------------------------------------------------
 class BatchLayout(NamedTuple):
     """How the sequences of a step divide."""
 
@@ -3039,6 +3051,11 @@ def batch_layout(h: Hyperparameters, world_size: int) -> BatchLayout:
     return BatchLayout(sequences, local, next(counts))
 
 
+def weight_budget(h: Hyperparameters) -> int:
+    """Bytes that the cap leaves to the packed weights; the rest is this file's code."""
+    return h.artifact_bytes - SOURCE.stat().st_size
+
+
 def load_model(
     h: Hyperparameters, runtime: Runtime, state: Mapping[str, Tensor], kernels: Kernels
 ) -> GPT:
@@ -3047,7 +3064,7 @@ def load_model(
     return GPT(h, weights, kernels)
 
 
-def mean_loss(model: GPT, tokens: Tensor, share: float) -> Tensor:
+def loss_share(model: GPT, tokens: Tensor, share: float) -> Tensor:
     """Mean loss over a micro-batch (b, T+1), times its share of the global batch."""
     return model.mean_loss(tokens[:, :-1], tokens[:, 1:]) * share
 
@@ -3096,7 +3113,7 @@ class Trainer:
         self.layout = batch_layout(h, runtime.world_size)
         first = runtime.rank * self.layout.local
         self.rows = range(first, first + self.layout.local)  # of every batch, this rank's
-        self.loss = runtime.compile(mean_loss)
+        self.loss = runtime.compile(loss_share)
         # By the plan of the model's layers: a run may change it on the way.
         self.graphs = collections.defaultdict[Plan, StepGraphs](StepGraphs)
         self.qat_steps = 0
@@ -3198,7 +3215,7 @@ class Trainer:
         rounded_names = self.optimizer.late_qat.grids
         parameters = self.model.named_parameters()
         floats = sum(2 * p.numel() for name, p in parameters if name not in rounded_names)
-        return (self.h.artifact_bytes - SOURCE.stat().st_size - floats) / ZSTD_OVERHEAD
+        return (weight_budget(self.h) - floats) / ZSTD_OVERHEAD
 
 
 class Clock:
@@ -3291,7 +3308,7 @@ class PendingLosses:
         return self.clock.elapsed() + (len(self.queue) + more) * self.seconds_per_step()
 
 
-class Progress:
+class TrainingLines:
     """The lines on training: as the challenge prints them, and a live one on a terminal."""
 
     def __init__(self, evaluator: Evaluator, log: RunLog):
@@ -3401,7 +3418,7 @@ def train(
     optimizer = trainer.optimizer
     loader = prefetch(plan, trainer.rows, h.vocab_size, runtime.device)
     clock = Clock(runtime)
-    lines = Progress(evaluator, log)
+    lines = TrainingLines(evaluator, log)
     losses = PendingLosses(clock, lines.step)
     step = 0
     progress = 0.0
@@ -3454,7 +3471,7 @@ def switch_on(trainer: Trainer, now: StepPlan, step: int, log: RunLog) -> None:
 
 
 def validate(
-    step: int, evaluator: Evaluator, model: GPT, losses: PendingLosses, lines: Progress
+    step: int, evaluator: Evaluator, model: GPT, losses: PendingLosses, lines: TrainingLines
 ) -> None:
     """The training clock stands still for it."""
     losses.land()
@@ -3482,7 +3499,7 @@ def training_facts(
         train_shards=len(plan.shards),
         train_tokens=sum(map(len, plan.shards)),
         train_digest=plan.digest,
-        code_sha256=code_digest(),
+        code_sha256=file_digest(SOURCE),
         final_train_loss=losses.latest[-1] if losses.latest else None,
         interrupted=interrupted,
         graphs_compiled_on_clock=graphs_compiled() - trainer.graphs_warmed_up,
@@ -3497,7 +3514,7 @@ def graphs_compiled() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-# ---- 13. Stages and main ------------------------------------------------------------------------
+# ---- 14. Stages and main ------------------------------------------------------------------------
 class RunFiles:
     """What a run writes into OUTPUT_DIR.
 
@@ -3659,7 +3676,7 @@ def open_session(h: Hyperparameters, runtime: Runtime, files: RunFiles) -> Sessi
         f"val_bytes:{evaluator.text_bytes} model_params:{h.parameters()} "
         f"world_size:{runtime.world_size} seed:{h.seed}"
     )
-    for name in no_shards(h.data_path):
+    for name in misnamed_shards(h.data_path):
         log(f"note: {h.data_path}/{name} is not read as tokens: its name is not that of a shard")
     for note in evaluator.notes:
         log(f"note: {note}")
@@ -3781,7 +3798,7 @@ def write_artifact(session: Session, stages: Stages, grid_step: float) -> None:
     if session.runtime.rank:
         return
     began = time.perf_counter()
-    budget = session.h.artifact_bytes - SOURCE.stat().st_size
+    budget = weight_budget(session.h)
     artifact = pack_stages(stages, session.h, grid_step, budget, session.log)
     write_atomic(session.files.artifact, artifact)
     seconds = time.perf_counter() - began
@@ -3834,7 +3851,7 @@ def write_result(session: Session, result: RunResult, facts: TrainingFacts) -> N
     # Results whose recipes are equal are merged as seeds.  Data are told apart by content.
     recipe = {name: getattr(h, name) for name in same_for_all_seeds} | {
         "code": facts.code_sha256,
-        "packing_code": code_digest(),
+        "packing_code": file_digest(SOURCE),
         "dataset": session.evaluator.dataset,
         "train_tokens": facts.train_tokens,
         "train_digest": facts.train_digest,

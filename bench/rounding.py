@@ -147,7 +147,7 @@ def on_grid(
     """
     state = {}
     size = 0.0
-    for name, codes, scales in tg.rounded(weights, h, grid_step):
+    for name, codes, scales in tg.quantized_tensors(weights, h, grid_step):
         if name in INPUTS:
             qmax, _ = tg.export_grids(h)[name].tensors(codes.device)
             codes, scales = change(name, codes, scales, qmax)

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 import train_gpt
 from prepare_data import train_tokenizer, with_sample
-from train_gpt import ByteTable, Evaluator, RunError, load_byte_table, open_split, text_bytes
+from train_gpt import ByteTable, Evaluator, RunError, count_text_bytes, load_byte_table, open_split
 
 BOS, EOS = 1, 2
 
@@ -304,7 +304,7 @@ def exact_table(kind: str) -> ByteTable:
 def test_the_bytes_are_those_of_the_prose(kind: str, tmp_path: Path) -> None:
     table = table_of(model_of(**WHOLE[kind]), tmp_path)
     tokens = split_of(table.decoder, PROSE)
-    size, note = text_bytes(tokens, table)
+    size, note = count_text_bytes(tokens, table)
     assert size == utf8_bytes(PROSE)
     check_note(note, size, bytes_by_the_rule(table.decoder, tokens))
     assert bool(note) == (kind in UNLIKE_THE_RULE), "the test no longer means this kind"
@@ -314,7 +314,7 @@ def test_the_bytes_are_those_of_the_prose(kind: str, tmp_path: Path) -> None:
 def test_the_bytes_are_those_of_text_full_of_spaces(kind: str) -> None:
     table = exact_table(kind)
     tokens = split_of(table.decoder, SPACED)
-    size, note = text_bytes(tokens, table)
+    size, note = count_text_bytes(tokens, table)
     assert size == utf8_bytes(SPACED)
     check_note(note, size, bytes_by_the_rule(table.decoder, tokens))
 
@@ -340,7 +340,7 @@ def test_a_normalising_tokenizer_counts_what_it_decodes(
     options = dict(normalization_rule_name=rule, remove_extra_whitespaces=not extra)
     table = table_of(model_of(**options), tmp_path)
     documents = [*SPACED, "\ufb01 \u2167 \u212b \uff21", "THE \u1e9e\u2581RIVER", "e\u0301 \u00bd"]
-    size, note = text_bytes(split_of(table.decoder, documents), table)
+    size, note = count_text_bytes(split_of(table.decoder, documents), table)
     assert size == utf8_bytes(decoded(table.decoder, documents)) != utf8_bytes(documents)
 
 
@@ -348,7 +348,7 @@ def test_a_tokenizer_that_rewrites_what_it_decodes_counts_that(tmp_path: Path) -
     rules = tmp_path / "rules.tsv"
     rules.write_text("72 69\t72 72 72 72 69\n")  # "ri" comes back as "rrrri"
     table = table_of(model_of(denormalization_rule_tsv=str(rules)), tmp_path)
-    size, note = text_bytes(split_of(table.decoder, PROSE), table)
+    size, note = count_text_bytes(split_of(table.decoder, PROSE), table)
     expected = utf8_bytes([text.replace("ri", "rrrri") for text in PROSE])
     assert size == expected > utf8_bytes(PROSE) and note
 
@@ -357,7 +357,7 @@ def test_a_mark_in_the_text_counts_as_the_space_it_becomes(tmp_path: Path) -> No
     for options in (EXACT, {**EXACT, **BYTES}, {**EXACT, **SUFFIX}):
         table = table_of(model_of(**options), tmp_path)
         tokens = split_of(table.decoder, ["quiet\u2581river", "\u2581\u2581 a"])
-        assert text_bytes(tokens, table)[0] == len("quiet river") + len("   a")
+        assert count_text_bytes(tokens, table)[0] == len("quiet river") + len("   a")
 
 
 @pytest.mark.parametrize("surface", [" \u2047 ", "?", "", "\ufffd"])
@@ -366,7 +366,7 @@ def test_unknown_text_counts_as_the_surface_it_decodes_to(surface: str, tmp_path
     tokens = split_of(table.decoder, SPACED)
     unknown = int((tokens == 3).sum())
     assert unknown > 15
-    size, note = text_bytes(tokens, table)
+    size, note = count_text_bytes(tokens, table)
     assert size == utf8_bytes(decoded(table.decoder, SPACED))
     check_note(note, size, bytes_by_the_rule(table.decoder, tokens))
     if surface:
@@ -381,7 +381,7 @@ def test_control_tokens_are_no_text_but_a_space_after_them_is(tmp_path: Path) ->
     for control in (EOS, 0, sp.piece_to_id("<|end|>"), sp.piece_to_id("<|a\u2581b|>")):
         assert sp.is_control(control)
         tokens = np.array([BOS, *first, control, *second, EOS, BOS, control, *second])
-        size, note = text_bytes(tokens, table)
+        size, note = count_text_bytes(tokens, table)
         assert size == len("quiet river winter" + "winter")
         check_note(note, size, size - 1)
         assert str(note).count(" for ") == 1
@@ -389,7 +389,7 @@ def test_control_tokens_are_no_text_but_a_space_after_them_is(tmp_path: Path) ->
 
 def test_unknown_tokens_in_a_row_are_no_spelling_of_a_space(tmp_path: Path) -> None:
     table = table_of(model_of(byte_fallback=False, vocab_size=60), tmp_path)
-    size, note = text_bytes(np.array([BOS, 3, 3, 3, BOS, 3, 3, 3]), table)
+    size, note = count_text_bytes(np.array([BOS, 3, 3, 3, BOS, 3, 3, 3]), table)
     assert size == 6 * len(" \u2047 ".encode())
     check_note(note, size, 0)
 
@@ -403,7 +403,7 @@ def test_the_note_tells_the_causes_and_their_bytes(tmp_path: Path) -> None:
         (SUFFIX, [f"{-4 * spaces} for spaces within", f"{-spaces} for the dummy space of each"]),
     ):
         table = table_of(model_of(**options), tmp_path)
-        _, note = text_bytes(split_of(table.decoder, documents), table)
+        _, note = count_text_bytes(split_of(table.decoder, documents), table)
         assert note and note.count(" for ") == len(reasons)
         assert all(reason in note for reason in reasons), note
 
@@ -411,7 +411,7 @@ def test_the_note_tells_the_causes_and_their_bytes(tmp_path: Path) -> None:
 def test_the_bytes_of_a_thousand_documents_are_all_counted(tmp_path: Path) -> None:
     table = table_of(model_of(**SUFFIX), tmp_path)
     documents = (PROSE * 20)[:1100]
-    assert text_bytes(split_of(table.decoder, documents), table)[0] == utf8_bytes(documents)
+    assert count_text_bytes(split_of(table.decoder, documents), table)[0] == utf8_bytes(documents)
 
 
 def test_an_official_tokenizer_keeps_the_number_of_the_rule(
@@ -424,7 +424,7 @@ def test_an_official_tokenizer_keeps_the_number_of_the_rule(
     table = table_of(model, tmp_path)
     tokens = split_of(table.decoder, SPACED)
     by_rule = bytes_by_the_rule(table.decoder, tokens)
-    size, note = text_bytes(tokens, table)
+    size, note = count_text_bytes(tokens, table)
     other = utf8_bytes(decoded(table.decoder, SPACED))
     assert size == by_rule != other
     assert note and f"decode to {other:,} bytes" in note and f"rule counts {by_rule:,} " in note
@@ -446,7 +446,7 @@ def test_a_byte_that_spells_no_character_counts_one_and_is_named(tmp_path: Path)
     assert all(table.decoder.is_byte(token) for token in ids[-4:])
     for cut in (1, 2, 3):  # of the last character's four bytes
         tokens = np.array([BOS, *ids, BOS, *ids[:-cut]])
-        size, note = text_bytes(tokens, table)
+        size, note = count_text_bytes(tokens, table)
         assert size == 2 * len(text.encode()) - cut
         assert note and note.startswith(f"{4 - cut} byte tokens spell no character and count 1")
 
@@ -455,17 +455,19 @@ def test_a_byte_that_spells_no_character_counts_one_and_is_named(tmp_path: Path)
 def test_the_first_token_is_no_target_wherever_a_split_begins(kind: str, tmp_path: Path) -> None:
     table = table_of(model_of(**WHOLE[kind]), tmp_path)
     tokens = split_of(table.decoder, PROSE)
-    whole, _ = text_bytes(tokens, table)
+    whole, _ = count_text_bytes(tokens, table)
     for cut in [*range(40), *range(40, len(tokens), 97), *range(len(tokens) - 40, len(tokens))]:
         parts = tokens[: cut + 1], tokens[cut:]
-        assert sum(text_bytes(part, table)[0] for part in parts) == whole, cut
+        assert sum(count_text_bytes(part, table)[0] for part in parts) == whole, cut
 
 
 def test_a_table_without_a_tokenizer_counts_by_the_rule() -> None:
     ids = np.arange(10)
     table = ByteTable(ids, ids % 2 == 0, ids <= 3)
     tokens = np.array([1, 4, 5, 6, 1, 8])
-    assert text_bytes(tokens, table) == (table.count(tokens), None) == (4 + 5 + 7 + 1 + 8, None)
+    assert (
+        count_text_bytes(tokens, table) == (table.count(tokens), None) == (4 + 5 + 7 + 1 + 8, None)
+    )
 
 
 def test_the_evaluator_divides_by_the_bytes_of_the_text(tmp_path: Path) -> None:
@@ -474,7 +476,7 @@ def test_the_evaluator_divides_by_the_bytes_of_the_text(tmp_path: Path) -> None:
     h = support.tiny(vocab_size=len(table.base))
     evaluator = Evaluator(h, support.cpu_runtime(), tokens, table)
     assert evaluator.text_bytes == utf8_bytes(PROSE)
-    assert evaluator.notes == [text_bytes(tokens, table)[1]] != [None]
+    assert evaluator.notes == [count_text_bytes(tokens, table)[1]] != [None]
 
 
 def test_a_split_without_text_is_refused(tmp_path: Path) -> None:
@@ -504,4 +506,4 @@ def test_the_log_of_a_run_holds_both_counts(
         train_gpt.run(h, support.cpu_runtime())
     (log,) = tmp_path.glob("*.log")
     assert f"val_bytes:{utf8_bytes(PROSE)} " in log.read_text()
-    assert f"note: {text_bytes(tokens, table)[1]}\n" in log.read_text()
+    assert f"note: {count_text_bytes(tokens, table)[1]}\n" in log.read_text()

@@ -238,14 +238,14 @@ def test_the_table_counts_the_bytes_of_any_text(marked: Shards, texts: list[str]
     table = marked.table()
     tokens = encoded(marked, [*texts, ""])
     assert table.count(tokens) == utf8_bytes(texts)
-    assert train_gpt.text_bytes(tokens, table) == (utf8_bytes(texts), None)
+    assert train_gpt.count_text_bytes(tokens, table) == (utf8_bytes(texts), None)
     ids = [part.tolist() for part in np.split(tokens, np.flatnonzero(tokens == 1)[1:])]
     assert prepare_data.comes_back(table.decoder, [*texts, ""], ids)
 
 
 def test_a_split_that_begins_with_a_mark_counts_what_follows(marked: Shards) -> None:
     tokens = encoded(marked, ["The end"])[1:]
-    assert train_gpt.text_bytes(tokens, marked.table())[0] == len("The end")
+    assert train_gpt.count_text_bytes(tokens, marked.table())[0] == len("The end")
 
 
 def test_marks_within_pieces_count_no_bytes(marked: Shards) -> None:
@@ -264,7 +264,7 @@ def test_a_private_character_of_a_plain_text_counts_its_bytes(plain: Shards) -> 
     assert table.decoder.piece_to_id(LETTER) != 3, "the test must have it as a piece"
     ids = [1, *table.decoder.encode(f"a{LETTER} b")]
     tokens = np.array(ids, dtype=np.uint16)
-    assert train_gpt.text_bytes(tokens, table) == (6, None)
+    assert train_gpt.count_text_bytes(tokens, table) == (6, None)
 
 
 def test_the_marks_of_published_tokenizers_count_no_bytes(tmp_path: Path) -> None:
@@ -281,7 +281,7 @@ def test_the_marks_of_published_tokenizers_count_no_bytes(tmp_path: Path) -> Non
     assert [table.base[table.decoder.piece_to_id(mark)] for mark in MARKS] == [0] * 4
     text = f"{LETTER}the {WORD}nasa of {LETTER}mc\ue003donald"
     tokens = np.array([1, *table.decoder.encode(text)], dtype=np.uint16)
-    assert train_gpt.text_bytes(tokens, table)[0] == len("The NASA of McDonald")
+    assert train_gpt.count_text_bytes(tokens, table)[0] == len("The NASA of McDonald")
 
 
 def test_both_programs_know_the_same_marks() -> None:

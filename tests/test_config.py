@@ -277,7 +277,7 @@ def marked(fact: str) -> set[str]:
 
 
 def test_every_field_declares_the_same_facts() -> None:
-    facts = {"low", "high", "choices", "architecture", "per_run", "trains"}
+    facts = {"low", "high", "choices", "architecture", "per_run", "trains", "of_process"}
     assert all(field.metadata.keys() == facts for field in FIELDS.values())
 
 

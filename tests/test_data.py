@@ -163,14 +163,14 @@ def test_what_only_looks_like_a_shard_is_named_and_not_read(
     assert "which are no shards" in message
     support.write_shard(tmp_path / f"fineweb_{split}_000000.bin", [5, 6])
     assert [shard.tolist() for shard in open_split(str(tmp_path), split)] == [[5, 6]]
-    assert train_gpt.no_shards(str(tmp_path)) == [name]
+    assert train_gpt.misnamed_shards(str(tmp_path)) == [name]
 
 
 def test_upper_case_letters_of_a_split_are_no_split(tmp_path: Path) -> None:
     for name in ("fineweb_VAL_000000.bin", "fineweb_Val_000000.bin"):
         support.write_shard(tmp_path / name, [5, 6])
     assert "fineweb_VAL_000000.bin" in support.refusal(open_split, str(tmp_path), "val")
-    assert len(train_gpt.no_shards(str(tmp_path))) == 2
+    assert len(train_gpt.misnamed_shards(str(tmp_path))) == 2
 
 
 def test_other_files_beside_shards_are_not_named(tmp_path: Path) -> None:
@@ -178,8 +178,8 @@ def test_other_files_beside_shards_are_not_named(tmp_path: Path) -> None:
         (tmp_path / name).write_text("x")
     support.write_shard(tmp_path / "fineweb_val_000000.bin", [5, 6])
     support.write_shard(tmp_path / "fineweb_train_999999.bin", [5, 6])
-    assert train_gpt.no_shards(str(tmp_path)) == []
-    assert train_gpt.no_shards(str(tmp_path / "absent")) == []
+    assert train_gpt.misnamed_shards(str(tmp_path)) == []
+    assert train_gpt.misnamed_shards(str(tmp_path / "absent")) == []
 
 
 def test_the_log_names_look_alikes_and_the_score_is_without_them(tmp_path: Path) -> None:

@@ -183,7 +183,7 @@ kernels = tg.Kernels(tg.attention_candidates()["cudnn"], *fused)
 model = tg.load_model(h, runtime, tiny_weights(h), kernels)
 tokens = torch.randint(h.vocab_size, (8, 129), generator=torch.Generator().manual_seed(0)).cuda()
 if sys.argv[1] == "trained":  # its graph is compiled first, as in a run
-    loss = runtime.compile(tg.mean_loss)(model, tokens, 1.0)
+    loss = runtime.compile(tg.loss_share)(model, tokens, 1.0)
     torch.autograd.grad(loss, list(model.parameters()))
 with torch.no_grad():
     hidden = runtime.compile(tg.GPT.final_hidden, deterministic=True)(model, tokens[:, :-1])

@@ -215,7 +215,7 @@ def test_a_compiled_step_takes_the_fused_loss() -> None:
     results = []
     for kernels in (tg.Kernels(mean_loss=tg.FusedLoss.apply), tg.Kernels()):
         model = tg.load_model(h, runtime, support.tiny_weights(h), kernels)
-        loss = runtime.compile(tg.mean_loss)(model, tokens, 0.5)
+        loss = runtime.compile(tg.loss_share)(model, tokens, 0.5)
         results.append([loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=TOLERANCE, atol=TOLERANCE)

@@ -83,7 +83,7 @@ def test_the_entropy_is_that_of_the_codes() -> None:
     h = tiny()
     weights = tiny_weights(h)
     found = column(pack.table(train_gpt.pack(weights, h, 0.02)), "entropy")
-    coded = {name: codes for name, codes, _ in train_gpt.rounded(weights, h, 0.02)}
+    coded = {name: codes for name, codes, _ in train_gpt.quantized_tensors(weights, h, 0.02)}
     assert {name for name, cell in found.items() if cell} == coded.keys()
     for name, codes in coded.items():
         bits = train_gpt.entropy_bits(codes) / codes.numel()

@@ -227,7 +227,7 @@ def test_the_record_states_the_code_that_trained(data: dict[str, Any], tmp_path:
     digest = hashlib.sha256(older.read_bytes()).hexdigest()
     result = resume(out / "final_model.pt", again)
     assert result["code_sha256"] == result["recipe"]["code"] == digest
-    assert result["recipe"]["packing_code"] == train_gpt.code_digest() != digest
+    assert result["recipe"]["packing_code"] == train_gpt.file_digest(train_gpt.SOURCE) != digest
     assert result["bytes_code"] == SCRIPT.stat().st_size
 
 

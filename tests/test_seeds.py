@@ -33,7 +33,7 @@ def facts_of(seed: int, **changes: Any) -> train_gpt.TrainingFacts:
         train_shards=80,
         train_tokens=10**10,
         train_digest="7a1e",
-        code_sha256=train_gpt.code_digest(),
+        code_sha256=train_gpt.file_digest(train_gpt.SOURCE),
         final_train_loss=2.0,
         interrupted=False,
         graphs_compiled_on_clock=0,
@@ -217,7 +217,7 @@ def test_a_recipe_holds_every_other_setting_and_nine_facts() -> None:
     assert {name: recipe[name] for name in settings} == {n: getattr(CARD, n) for n in settings}
     assert recipe["val_tokens"] == TOKENS and recipe["whole_run"] is True
     assert (recipe["train_digest"], recipe["val_digest"]) == ("7a1e", "fa11")
-    assert recipe["code"] == recipe["packing_code"] == train_gpt.code_digest()
+    assert recipe["code"] == recipe["packing_code"] == train_gpt.file_digest(train_gpt.SOURCE)
 
 
 def test_a_recipe_with_fewer_keys_is_another_one(tmp_path: Path) -> None:

@@ -578,7 +578,7 @@ def test_the_progress_line_counts_the_flops_of_the_model() -> None:
     h = Hyperparameters(train_batch_tokens=98_304, iterations=1600)
     evaluator = SimpleNamespace(h=h, targets=1000, text_bytes=2600,
                                 runtime=Runtime(torch.device("cuda")))  # fmt: skip
-    lines = train_gpt.Progress(evaluator, train_gpt.RunLog(None))  # type: ignore[arg-type]
+    lines = train_gpt.TrainingLines(evaluator, train_gpt.RunLog(None))  # type: ignore[arg-type]
     line = lines.status(1000, 2.0, clock=70.1, seconds=0.0701)
     assert "MFU:37% left:42s" in line and "1,402,340 tokens/s" in line
     assert f"bpb:{2 / math.log(2) / 2.6:.3f}" in line
