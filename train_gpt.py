@@ -17,9 +17,11 @@ better.  The file follows the data.  Sections:
 schedules, 9 weight averaging, 10 pack and unpack, 11 bytes of the text, 12 evaluation, 13 training,
 14 stages and main.
 
-Shapes: B sequences, T positions, D model width, H query heads, K key/value heads, E head width,
-V vocabulary, L layers, N matrices of a bank, R rows, C columns; a name that ends in `_BTD` has that
-shape.  Units unless said otherwise: nats per token, bits per UTF-8 byte, seconds, bytes.
+Shapes: B sequences, T positions, M = B T tokens, D model width, H query heads, K key/value heads,
+E head width, F MLP width, V vocabulary, L layers, N matrices of a bank, R rows, C columns or the
+channels that the docstring names.  A name that ends in `_BTD` has that shape.  Only around
+`linear_relu2` are M, N, K the sizes of a matrix product.
+Units unless said otherwise: nats per token, bits per UTF-8 byte, seconds, bytes.
 `pg#65` is pull request 65 of the challenge's repository.
 """
 
@@ -74,7 +76,7 @@ try:
     import triton
     import triton.language as tl
     from triton.tools.tensor_descriptor import TensorDescriptor
-except ImportError:  # CPU builds of torch come without Triton, and then section 6 is not used
+except ImportError:  # CPU builds of torch come without Triton: then no kernel of section 6 runs
     triton = None
     tl = None
     TensorDescriptor = None
@@ -135,7 +137,8 @@ def setting(
     choices: the strings that are allowed; none named allows all.
     architecture: the packed weights mean something else without it, so the artifact stores it.
     per_run: it changes no score, so results that differ in it alone are merged as seeds.
-    trains: other weights come of another value, so RESUME_FROM keeps the one of the training.
+    trains: another value gives other weights, so RESUME_FROM keeps the one of the training.
+    of_process: RESUME_FROM takes it from the environment, not from its checkpoint.
     """
     facts = dict(low=low, high=high, choices=choices)
     roles = dict(architecture=architecture, per_run=per_run, trains=trains, of_process=of_process)
@@ -148,7 +151,7 @@ def of_model(default: T, low: float = 0, high: float = math.inf) -> T:
 
 
 def label(default: T, low: float = 0, high: float = math.inf, choices: tuple[str, ...] = ()) -> T:
-    """A setting that changes no number: it names, places or reports a run."""
+    """It names, places or reports a run.  Results that differ in it merge: data have digests."""
     return setting(default, low, high, choices=choices, per_run=True, trains=False)
 
 
@@ -182,7 +185,7 @@ class Hyperparameters:
 
     # Model: 32.4M parameters, which 16 MB hold at 3.9 bits a weight
     vocab_size: int = of_model(1024, low=2)  # of the tokenizer; embeddings are tied
-    num_layers: int = of_model(11, low=2)  # 5 encode, 6 decode: U-Net skips join them
+    num_layers: int = of_model(11, low=2)  # 0 to 4 encode, 6 to 10 decode: U-Net skips join them
     model_dim: int = of_model(512, low=1)  # width of the residual stream
     num_heads: int = of_model(4, low=1)  # of width 128: better and faster than 8 of 64
     num_kv_heads: int = of_model(2, low=1)  # grouped-query attention, 2 query heads a group
@@ -191,7 +194,7 @@ class Hyperparameters:
     rope_dims: int = of_model(32)  # of each head's 128; the rest carries no position
     key_shift: int = of_model(0, high=1)  # 1: key dims without RoPE come from the previous token
     rope_base: float = of_model(10_000.0, low=1e-12)  # longest wavelength over 2 pi, tokens
-    # SmearGate blends the previous token in; so many dims of a token decide how much.
+    # SmearGate blends the previous token in; this many dims of a token set how much.
     smear_dims: int = of_model(12, low=2)
     gate_dims: int = of_model(0)  # inputs of the gate on each head's output; 0: no gates
     xsa_layers: int = of_model(4)  # last layers whose attention drops the token's own value
@@ -205,9 +208,9 @@ class Hyperparameters:
     matrix_lr: float = setting(0.03)  # Muon, spectral norm per update
     embed_lr: float = setting(0.02)  # AdamW, tables
     scalar_lr: float = setting(0.01)  # AdamW, gains and gates
-    # Weight decay summed over the run: a step's is its share of the run times this, times its lr.
+    # Weight decay of the whole run; a step decays by its lr * this * its share of the run.
     decay_per_run: float = setting(160.0)
-    # At 0.99 runs of this batch ended 0.03 to 0.07 bpb higher (docs/ABLATIONS.md).
+    # Runs at 0.99 ended 0.03 to 0.07 bpb higher, with other settings changed too (ABLATIONS.md).
     muon_momentum: float = setting(0.95, high=BELOW_ONE)
     # Momentum starts here and rises linearly over so many steps: without, 0.002 bpb worse.
     muon_momentum_warmup_start: float = setting(0.92, high=BELOW_ONE)
@@ -236,7 +239,7 @@ class Hyperparameters:
 
     # Export, evaluation and log
     artifact_bytes: int = scoring(16_000_000)  # code plus packed weights stay below
-    # What is packed lies so far on the way from the last iterate to the average.
+    # What is packed: 0 is the last iterate, 1 the average, between them a blend.
     swa_share: float = scoring(0.3, 0, 1)
     # Quantisation step of the first and last layer, relative to the other layers.
     int8_step_ratio: float = scoring(0.7)
@@ -375,7 +378,7 @@ RETIRED = {
 
 
 def settings_of_process(env: Mapping[str, str]) -> Hyperparameters:
-    """All that RESUME_FROM's checkpoint is read with: its own settings are not known yet."""
+    """What it takes to read RESUME_FROM's checkpoint, whose own settings are not known yet."""
     chosen = preset_of(env) | overrides(env)
     return Hyperparameters(**{name: chosen[name] for name in OF_THIS_PROCESS if name in chosen})
 
@@ -1048,8 +1051,8 @@ def exclude_self(y_BTHE: Tensor, v_BTKE: Tensor) -> Tensor:
 
     The residual stream holds the token already; attention then brings only what others say.
     """
-    y = y_BTHE.unflatten(2, (v_BTKE.shape[2], -1)).float()
-    v = v_BTKE[:, :, :, None].float()
+    y = y_BTHE.unflatten(2, (v_BTKE.shape[2], -1)).float()  # (B, T, K, H/K, E)
+    v = v_BTKE[:, :, :, None].float()  # (B, T, K, 1, E)
     along = (y * v).sum(-1, keepdim=True) / v.square().sum(-1, keepdim=True).clamp_min(1e-6)
     return (y - along * v).to(y_BTHE.dtype).view(y_BTHE.shape)
 
@@ -1111,12 +1114,12 @@ class Kernels(NamedTuple):
 
 
 class Shared(NamedTuple):
-    """What the layers of one forward pass read.  Lists have one matrix per layer."""
+    """What all layers of one forward pass read; the tuples hold one matrix per layer."""
 
     embedded_BTD: Tensor  # input of the first layer; every layer mixes some of it in again
     value_embedding_BTC: Tensor
-    rotary: Tensor
-    qkv_CD: tuple[Tensor, ...]
+    rotary: Tensor  # (2, T, 1, rope_dims / 2): cos and sin
+    qkv_CD: tuple[Tensor, ...]  # C = (H + 2 K) E
     out_DD: tuple[Tensor, ...]
     up_FD: tuple[Tensor, ...]
     down_FD: tuple[Tensor, ...]
@@ -1164,6 +1167,7 @@ class GPT(nn.Module):
         return x
 
     def shared(self, inputs_BT: Tensor) -> Shared:
+        """Embeds the tokens and splits the banks into one matrix per layer."""
         x = rms_norm(F.embedding(inputs_BT, self.tok_emb))
         x = smear(x, self.smear_gate, self.smear_token, inputs_BT)
         # Projecting the table before the look-up is the same value at V/(B*T) of the work.
@@ -1188,9 +1192,10 @@ class GPT(nn.Module):
         return keep * x + mixed
 
     def attention(self, x_BTD: Tensor, layer: LayerPlan, shared: Shared) -> Tensor:
+        """What attention adds to the stream, (B, T, D)."""
         normed = rms_norm(x_BTD) * layer.depth_scale
         q, k, v = self.heads(normed, layer, shared)
-        y = self.kernels.attend(q, k, v)
+        y = self.kernels.attend(q, k, v)  # (B, T, H, E)
         if layer.excludes_self:
             y = exclude_self(y, v)
         if self.h.gate_dims:
@@ -1368,23 +1373,23 @@ class FusedMLP(torch.autograd.Function):
         ctx.slope = slope
         x_MD = x_BTD.flatten(0, 1)
         scale_M = depth_scale * torch.rsqrt(x_MD.float().square().mean(-1) + RMS_EPS)
-        post_MN = linear_relu2(x_MD, up_FD, scale_M, slope)
-        ctx.save_for_backward(x_MD, up_FD, down_FD, scale_M, post_MN)
-        return (post_MN @ down_FD).view_as(x_BTD)
+        post_MF = linear_relu2(x_MD, up_FD, scale_M, slope)
+        ctx.save_for_backward(x_MD, up_FD, down_FD, scale_M, post_MF)
+        return (post_MF @ down_FD).view_as(x_BTD)
 
     @staticmethod
     def backward(ctx: Any, dy_BTD: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        x_MD, up_FD, down_FD, scale_M, post_MN = ctx.saved_tensors
+        x_MD, up_FD, down_FD, scale_M, post_MF = ctx.saved_tensors
         dy_MD = dy_BTD.flatten(0, 1)
         # Gradient before the activation, times the norm's scale, which dx and dup both need.
-        du_MN = linear_relu2(dy_MD, down_FD, scale_M, ctx.slope, post_MN)
-        dx_MD = (du_MN @ up_FD).float()
+        du_MF = linear_relu2(dy_MD, down_FD, scale_M, ctx.slope, post_MF)
+        dx_MD = (du_MF @ up_FD).float()
         x32 = x_MD.float()
         # The norm takes out the part of the gradient along x.
         inverse_rms_M = scale_M / ctx.depth_scale
         along = (dx_MD * x32).mean(-1, keepdim=True) * inverse_rms_M.square()[:, None]
         dx = (dx_MD - along * x32).to(x_MD.dtype).view_as(dy_BTD)
-        return dx, du_MN.T @ x_MD, post_MN.T @ dy_MD, None, None
+        return dx, du_MF.T @ x_MD, post_MF.T @ dy_MD, None, None
 
 
 @jit
@@ -1751,7 +1756,7 @@ def choose_kernels(h: Hyperparameters, runtime: Runtime, log: RunLog) -> Kernels
 
 
 def fused_layers_run(h: Hyperparameters, device: torch.device, log: RunLog) -> bool:
-    """The fused layers are right here: they are tried, as GPUs differ in what their kernels need.
+    """Whether the fused layers are correct on this GPU: they are run, as GPUs differ.
 
     They are made for Hopper.  Later GPUs have some of its instructions and less shared memory.
     """
@@ -1806,7 +1811,7 @@ def fused_error(h: Hyperparameters, device: torch.device) -> float:
 
 
 def rounding_error(w_NRC: Tensor) -> float:
-    """Share of rows that `round_rows` and its twin round differently; 1 more if one does not last.
+    """Share of rows that `round_rows` rounds unlike its twin, plus 1 if rounding again moves any.
 
     A few may differ, as the cheaper of two clips is decided by a sum's last bits.  But what export
     rounds again must not move at all.
@@ -1978,7 +1983,7 @@ class StepPlan(NamedTuple):
 
     progress: float  # share of the run that is over before it
     lr: float  # factor on all learning rates, of the warm-down alone
-    decay: float  # weight decay, before the learning rate
+    decay: float  # times each group's learning rate: what the step takes off the weights
 
 
 def plan_step(
@@ -2268,8 +2273,8 @@ class Optimizer:
     def update(self, loss: Tensor, grads: list[Tensor]) -> Tensor:
         """One step, on the device alone: reduce, clip, step, write back.
 
-        loss: this rank's share of the global mean loss (0-d); grads: of its gradients, in the order
-        of `model.parameters()`.  Returns the loss over all ranks, or nan if it or a gradient is not
+        loss: this rank's part of the global mean loss (0-d); grads: its gradients, in the order of
+        `model.parameters()`.  Returns the loss over all ranks, or nan if it or a gradient is not
         finite: then no weight has moved.
         """
         shards = self.reduce(loss, dict(zip(self.names, grads, strict=True)))
@@ -2534,8 +2539,9 @@ def pack_stages(
     """The artifact, under `budget` bytes, of the stages of `with_blend`.
 
     Late QAT has trained the last iterate as it is on the grid of `grid_step`, so rounding it there
-    costs almost nothing; 2 % beside that grid step this gain is gone.  The blend keeps most codes
-    of the last iterate.  The average by itself lost 0.004 bpb (docs/ABLATIONS.md, "The blend").
+    costs almost nothing.  On a grid step 2 % larger or smaller that gain is lost.  The blend keeps
+    most codes of the last iterate.  The average by itself lost 0.004 bpb (docs/ABLATIONS.md, "The
+    blend").
     The average is packed, on the grid that fills the budget, if the blend's grid does not fit or if
     there was no late QAT (0).
     """
@@ -2615,7 +2621,7 @@ def check_packable(state: Mapping[str, Tensor], h: Hyperparameters) -> None:
 
 # ---- 11. Bytes of the text ----------------------------------------------------------------------
 SPACE = "\u2581"  # SentencePiece's mark of a leading space
-CASE_MARKS = "\ue001\ue002\ue003\ue004"  # for capitals and escapes, of no bytes in the text
+CASE_MARKS = "\ue001\ue002\ue003\ue004"  # set by prepare_data.py for capitals; they count no bytes
 FINEWEB_VAL_BYTES = 151_080_363  # of the published split: pg#543's tokens * loss / ln 2 / bpb
 # SHA-256 of the official tokenizers: they keep the number of the rule, whatever decoding gives.
 OFFICIAL_TOKENIZERS = {
@@ -3429,7 +3435,7 @@ def train(
         runtime.agree_on(None)  # all ranks are ready
         clock.start()
         while step < h.iterations and not losses.fault:
-            # Rank 0's clock is everybody's.  One of the two steps ahead is a margin.
+            # All ranks follow rank 0's clock.  Of the two steps that it projects, one is margin.
             end, elapsed, interrupted = runtime.agree_on(
                 (losses.projected_end(2), clock.elapsed(), bool(signals))
             )
@@ -3640,7 +3646,7 @@ def run(h: Hyperparameters, runtime: Runtime, checkpoint: Checkpoint | None = No
 
 @contextlib.contextmanager
 def resumable(session: Session) -> Iterator[None]:
-    """What ends here has its weights on disk, and the message names them."""
+    """An interrupt or a full disk in here ends with a message that names the saved weights."""
     weights = session.h.resume_from or session.files.weights
     resume = f"RESUME_FROM={weights} packs and scores it"
     try:
