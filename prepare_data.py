@@ -1565,6 +1565,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # its encoding may lack a letter of a file's name
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         if args.command == "sample":
             paths = build_sample(args.root, args.vocab)

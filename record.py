@@ -13,6 +13,7 @@ nats at p < 0.01.  AUTHOR, GITHUB_ID and BLURB fill the fields of that name.
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -227,6 +228,8 @@ def write_submission(folder: Path, env: Mapping[str, str], log: Log) -> None:
 
 
 def main() -> None:
+    if isinstance(sys.stdout, io.TextIOWrapper):  # its encoding may lack a letter of a file's name
+        sys.stdout.reconfigure(errors="backslashreplace")
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else ".")
     try:
         write_submission(folder, os.environ, print)

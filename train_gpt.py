@@ -43,6 +43,7 @@ import mmap
 import os
 import platform
 import re
+import shutil
 import signal
 import struct
 import sys
@@ -52,6 +53,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+# Ctrl-C while torch is imported ends the process without a word; `main` sets its own handlers.
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 # Tested before what these lack is imported.
 if sys.platform == "win32":
@@ -63,6 +68,7 @@ if torch.__version__ < (2, 11):  # type: ignore[operator]
     sys.exit(f"error: torch is {torch.__version__}, expected 2.11 to 2.14: see requirements.txt")
 
 import fcntl
+import resource
 
 import numpy as np
 import sentencepiece
@@ -291,8 +297,8 @@ class Hyperparameters:
         one_source = not (self.eval_only and self.resume_from)
         self.check("eval_only", one_source, "unset it or RESUME_FROM")
         count = self.parameters()
-        remedy = f"{count:,} weights need 2 bits each; raise it or lower MLP_HIDDEN"
-        self.check("artifact_bytes", count // 4 < self.artifact_bytes, remedy)
+        remedy = f"{count:,} weights need 1 bit each; raise it or lower MLP_HIDDEN"
+        self.check("artifact_bytes", count // 8 < self.artifact_bytes, remedy)
 
     def check(self, name: str, holds: bool, remedy: str) -> None:
         require(holds, f"{name.upper()}={getattr(self, name)!r}: {remedy}")
@@ -424,6 +430,8 @@ def overrides(env: Mapping[str, str]) -> dict[str, Any]:
         if name in RETIRED:
             raise RunError(f"{name}={text!r}: not a setting here; set {RETIRED[name]}")
         close = difflib.get_close_matches(name, kinds, n=1, cutoff=0.9)
+        if name.upper() in kinds:
+            close = [name.upper()]
         if close:
             raise RunError(f"{name}={text!r}: unknown variable; did you mean {close[0]}?")
     return values
@@ -610,11 +618,15 @@ class RunLog:
 def write_atomic(path: Path, content: bytes) -> None:
     """Either the whole new file or the old one: temporary file, fsync, rename."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:  # a full disk needs the room for what comes next
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 # ---- 4. Data ------------------------------------------------------------------------------------
@@ -2659,7 +2671,9 @@ def load_byte_table(tokenizer_path: str, vocab_size: int) -> ByteTable:
     """From a SentencePiece model.  RunError if missing, of another vocabulary or another BOS."""
     path = Path(tokenizer_path)
     try:
-        decoder = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        # Not by its path, which SentencePiece takes in UTF-8 alone; no bytes are a model to it.
+        model = path.read_bytes() or b"no model"
+        decoder = sentencepiece.SentencePieceProcessor(model_proto=model)
         digest = file_digest(path)
     except (RuntimeError, OSError):
         raise RunError(
@@ -2927,7 +2941,8 @@ class Evaluator:
         self.dataset = dataset_label(h, self.text_bytes)
         self.tokens = torch.from_numpy(tokens.astype(np.int32)).to(runtime.device)
         batch_tokens = min(h.val_batch_size // runtime.world_size, h.micro_batch_tokens)
-        self.rows = max(1, batch_tokens // h.train_seq_len)  # windows at once
+        # Windows at once.  No split has more windows than targets.
+        self.rows = max(1, min(batch_tokens // h.train_seq_len, self.targets))
         self.dump: dict[str, np.ndarray] = {}  # nats of each target by kind of window, if asked for
         # Two graphs; the first serves all windows.  `deterministic`: Inductor times no kernels,
         # since another choice gives another sum.
@@ -3363,11 +3378,12 @@ class TrainingLines:
 
 
 def ending_signals() -> list[signal.Signals]:
-    """Ctrl-C, `kill`, and the end of the terminal unless nohup has it ignored."""
-    signals = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-        signals.append(signal.SIGHUP)
-    return signals
+    """Ctrl-C, `kill`, and the end of the terminal, less those that the caller has ignored.
+
+    nohup has the last ignored, and a shell the first of what a script starts in the background.
+    """
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    return [number for number in signals if signal.getsignal(number) != signal.SIG_IGN]
 
 
 @contextlib.contextmanager
@@ -3536,6 +3552,7 @@ class RunFiles:
         self.log = self.partial(f"{self.kind}.log")
         self.weights = self.partial("final_model.pt")
         self.artifact = self.partial("final_model.ptz")
+        self.weights_fault = ""  # why they could not be saved
         if h.eval_only:
             self.artifact = Path(h.eval_only)
 
@@ -3586,6 +3603,17 @@ class RunFiles:
         for path in (self.weights, *(self.folder / name for name in names)):
             require(not path.is_dir(), f"{path}: is a folder; move it or set another OUTPUT_DIR")
 
+    def check_space(self) -> None:
+        """Raises RunError if what a training run writes does not fit on the disk."""
+        # Two stages in float32; the artifact, the log and the results.
+        needed = 8 * self.h.parameters() + self.h.artifact_bytes + 2_000_000
+        free = shutil.disk_usage(self.folder).free
+        require(
+            free > needed,
+            f"OUTPUT_DIR={self.folder}: {free:,} bytes are free, the run may write {needed:,}; "
+            "free space or set another OUTPUT_DIR",
+        )
+
     def finish(self, log: RunLog) -> None:
         """Gives the files that this run wrote their names.  Raises OSError if the disk is full."""
         log.flush()
@@ -3593,7 +3621,8 @@ class RunFiles:
         if not self.h.eval_only:
             written.append(self.artifact)
         if not self.h.eval_only and not self.h.resume_from:
-            written.append(self.weights)
+            if not self.weights_fault:
+                written.append(self.weights)
             write_atomic(self.folder / "train.log", self.log.read_bytes())
         for path in written:
             os.replace(path, path.with_name(path.name.replace(self.PARTIAL, "")))
@@ -3648,7 +3677,7 @@ def run(h: Hyperparameters, runtime: Runtime, checkpoint: Checkpoint | None = No
 def resumable(session: Session) -> Iterator[None]:
     """An interrupt or a full disk in here ends with a message that names the saved weights."""
     weights = session.h.resume_from or session.files.weights
-    resume = f"RESUME_FROM={weights} packs and scores it"
+    resume = session.files.weights_fault or f"RESUME_FROM={weights} packs and scores it"
     try:
         yield
     except KeyboardInterrupt:
@@ -3662,14 +3691,18 @@ def resumable(session: Session) -> Iterator[None]:
 def open_session(h: Hyperparameters, runtime: Runtime, files: RunFiles) -> Session:
     """Opens and checks all that the run reads; only then its log, so that a run which cannot start
     leaves the last one's files alone."""
-    batch_layout(h, runtime.world_size)  # refuses what does not divide
+    trains = not (h.eval_only or h.resume_from)
+    if trains:
+        batch_layout(h, runtime.world_size)  # refuses what does not divide
     files.check_names()
+    if trains and runtime.rank == 0:
+        files.check_space()
     if h.eval_dump and runtime.rank == 0:
         dump = Path(h.eval_dump).absolute()
         require(
-            dump.parent.is_dir() and not dump.is_dir(),
-            f"EVAL_DUMP={h.eval_dump}: expected a file in a folder that exists; make the folder, "
-            "or name a file in it",
+            dump.parent.is_dir() and os.access(dump.parent, os.W_OK) and not dump.is_dir(),
+            f"EVAL_DUMP={h.eval_dump}: expected a file in a folder that exists and can be written; "
+            "make the folder, or name a file in another",
         )
     evaluator = Evaluator.open(h, runtime)
     settings = json.dumps(asdict(h), indent=1)
@@ -3725,7 +3758,8 @@ def train_and_save(session: Session) -> Checkpoint:
     with received_signals() as late:  # torchrun sends a Ctrl-C twice
         finite = all(bool(w.isfinite().all()) for w in stages["averaged"].values())
         if session.runtime.rank == 0 and finite:
-            save_checkpoint(session.files.weights, h, stages, facts)
+            goes_on = not facts.fault and (not facts.interrupted or h.on_interrupt == "finish")
+            save_weights(session, Checkpoint(stages, facts), goes_on)
     if facts.fault:
         kept = "no finite weights left"
         if finite:
@@ -3739,6 +3773,22 @@ def train_and_save(session: Session) -> Checkpoint:
         if late and not facts.interrupted:
             raise KeyboardInterrupt
     return Checkpoint(stages, facts)
+
+
+def save_weights(session: Session, checkpoint: Checkpoint, goes_on: bool) -> None:
+    """Into the run's folder.  Where they do not fit, a run that goes on does so without them."""
+    files = session.files
+    try:
+        save_checkpoint(files.weights, session.h, *checkpoint)
+    except OSError as error:
+        if not goes_on:
+            raise
+        files.weights.unlink(missing_ok=True)  # of an earlier run
+        files.weights_fault = f"the weights could not be saved ({error.strerror})"
+        session.log(f"note: {files.weights_fault}; the run goes on without them")
+        return
+    if checkpoint.facts.interrupted and goes_on:
+        session.log(f"note: RESUME_FROM={files.weights} scores it if this run is ended as well")
 
 
 def save_checkpoint(path: Path, h: Hyperparameters, stages: Stages, facts: TrainingFacts) -> None:
@@ -3757,7 +3807,8 @@ def load_checkpoint(
     content = io.BytesIO(read_file(h.resume_from, "RESUME_FROM", runtime))
     try:
         saved = torch.load(content, map_location=runtime.device, weights_only=True)
-        checkpoint = Checkpoint(saved["stages"], TrainingFacts(**saved["facts"]))
+        stages = {name: dict(saved["stages"][name]) for name in ("trained", "averaged")}
+        checkpoint = Checkpoint(stages, TrainingFacts(**saved["facts"]))
         settings = dict(saved["settings"])
     except Exception:
         raise RunError(
@@ -3883,9 +3934,9 @@ def write_result(session: Session, result: RunResult, facts: TrainingFacts) -> N
     write_atomic(folder / f"result_seed{facts.seed}.json", json.dumps(content).encode())
     if importlib.util.find_spec("record") is None:  # this file alone trains and scores as well
         return
-    from record import write_submission
-
     try:
+        from record import write_submission
+
         write_submission(folder, os.environ, session.log)
     except Exception as problem:  # no reason to leave a finished run unfinished
         session.log(
@@ -3907,6 +3958,8 @@ def open_streams() -> None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):  # its encoding may lack a letter of a file's name
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def main() -> None:
@@ -3918,11 +3971,19 @@ def main() -> None:
         resumes = bool(os.environ.get("RESUME_FROM"))
         settings_from = settings_of_process if resumes else Hyperparameters.from_env
         h = settings_from(os.environ)
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        with contextlib.suppress(OSError, ValueError):  # a mapped shard keeps its file open
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         runtime = Runtime.start(h, os.environ)
         checkpoint = None
         if resumes:
             h, checkpoint = load_checkpoint(h, runtime, os.environ)
         if h.data_path == "sample":
+            require(
+                importlib.util.find_spec("prepare_data"),
+                "DATA_PATH=sample: prepare_data.py, which builds it, is not beside train_gpt.py; "
+                "copy it there, or name a folder of shards",
+            )
             from prepare_data import with_sample
 
             h = with_sample(h)  # the paths of the built-in corpus, which is built if missing

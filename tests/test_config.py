@@ -37,6 +37,8 @@ def settings_refusal(**env: object) -> str:
         ("TRAIN_SEQLEN", "TRAIN_SEQ_LEN"),
         ("MAX_WALLCLOCK_SECOND", "MAX_WALLCLOCK_SECONDS"),
         ("ITERATION", "ITERATIONS"),
+        ("iterations", "ITERATIONS"),
+        ("Seed", "SEED"),
     ],
 )
 def test_a_misspelt_override_is_told_the_name_that_was_meant(name: str, meant: str) -> None:

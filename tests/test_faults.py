@@ -48,6 +48,7 @@ What the field feeds it, by the numbers of issue 18; the first seven were wrong 
 
 import json
 import math
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -158,6 +159,45 @@ def test_an_old_torch_is_refused_first_and_by_its_version(version: str, tmp_path
     (package / "version.py").write_text(f"__version__ = {version!r}\n")
     done = completed(REPO / "train_gpt.py", PYTHONPATH=tmp_path)
     check_refusal(done, f"torch is {version}", "2.11 to 2.14", "requirements.txt")
+
+
+def test_the_sample_is_refused_where_nothing_can_build_it(entry: Path, tmp_path: Path) -> None:
+    """README's folder for records/ holds no prepare_data.py."""
+    done = start(entry, PRESET="smoke", OUTPUT_DIR=tmp_path)
+    check_refusal(done, "DATA_PATH=sample", "prepare_data.py", "copy it there")
+
+
+def test_a_record_py_that_does_not_import_leaves_the_run_whole(entry: Path, tmp_path: Path) -> None:
+    folder = entry.with_name("broken")
+    folder.mkdir()
+    shutil.copy(entry / "train_gpt.py", folder)
+    (folder / "record.py").write_text("def x(:\n")
+    done = start(folder, OUTPUT_DIR=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert {"train.log", "final_model.pt", "final_model.ptz"} <= {
+        p.name for p in tmp_path.iterdir()
+    }
+    assert "invalid syntax" in (tmp_path / "train.log").read_text()
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9", "\u65e5\u672c".encode()])
+def test_a_path_of_any_bytes_is_read_and_logged(name: bytes, entry: Path, tmp_path: Path) -> None:
+    """In an encoding that has none of its letters: tokenizer, shards, a look-alike and results."""
+    folder = tmp_path / os.fsdecode(name)
+    shutil.copytree(tree_of(entry) / "data", folder)
+    shards = folder / "datasets/fineweb10B_sp1024"
+    (shards / "fineweb_val_000000 (1).bin").write_text("")
+    paths = {
+        "DATA_PATH": shards,
+        "TOKENIZER_PATH": folder / "tokenizers/fineweb_1024_bpe.model",
+        "OUTPUT_DIR": folder / "out",
+        "PYTHONIOENCODING": "ascii",
+    }
+    done = start(entry, **paths)
+    assert done.returncode == 0, done.stderr
+    assert "is not read as tokens" in done.stdout
+    again = completed(entry / "record.py", folder / "out", PYTHONIOENCODING="ascii")
+    assert again.returncode == 0, again.stderr
 
 
 # Artifacts

@@ -196,6 +196,15 @@ def test_a_dump_that_cannot_be_written_is_refused_first(
     assert not list((tmp_path / "out").glob("*.log"))
 
 
+def test_a_dump_into_a_folder_that_is_only_read_is_refused_first(
+    data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write everywhere
+    dump = str(tmp_path / "losses.npz")
+    message = refusal(lambda: run_here(data, tmp_path / "out", eval_dump=dump))
+    assert message.startswith(f"EVAL_DUMP={dump}: expected a file in a folder that exists and can")
+
+
 def test_a_dump_into_the_new_output_folder_is_written(data: dict[str, Any], tmp_path: Path) -> None:
     out = tmp_path / "out"
     run_here(data, out, eval_dump=str(out / "losses.npz"))

@@ -1,9 +1,11 @@
 """Terminals that go away, full disks and signals: a run goes on, or saves what it has."""
 
+import errno
 import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -219,6 +221,70 @@ def test_a_disk_that_stays_full_is_told_with_the_weights(
     assert f"RESUME_FROM={saved}" in message and saved.stat().st_size > 0
     for name in ("train.log", "final_model.pt", "final_model.ptz"):
         assert (tmp_path / name).read_text() == EARLIER, name
+
+
+def refuse_weights(patch: pytest.MonkeyPatch) -> None:
+    """The disk has no room for them, and room for all else."""
+    write = train_gpt.write_atomic
+
+    def small_files(path: Path, content: bytes) -> None:
+        if path.name == "final_model.partial.pt":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(path, content)
+
+    patch.setattr(train_gpt, "write_atomic", small_files)
+
+
+def test_weights_that_do_not_fit_do_not_end_the_run(
+    data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It packs and scores what it has, and leaves no weights of an earlier run as its own."""
+    (tmp_path / "final_model.partial.pt").write_text(EARLIER)
+    refuse_weights(monkeypatch)
+    result = run_here(data, tmp_path)
+    log = (tmp_path / "train.log").read_text()
+    assert "note: the weights could not be saved (No space left on device)" in log
+    assert result.bytes_model == (tmp_path / "final_model.ptz").stat().st_size > 0
+    assert not list(tmp_path.glob("*.pt"))
+
+
+def test_weights_that_are_not_saved_are_not_named(
+    data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse_weights(monkeypatch)
+    monkeypatch.setattr(train_gpt, "write_artifact", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    message = refusal(run_here, data, tmp_path)
+    assert message == "interrupted: the weights could not be saved (No space left on device)"
+
+
+@pytest.mark.usefixtures("own_signals")
+def test_weights_that_an_interrupt_cannot_save_are_told(
+    data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    struck_in_step(monkeypatch, signal.SIGTERM)
+    refuse_weights(monkeypatch)
+    with pytest.raises(OSError, match="No space left"):
+        run_here(data, tmp_path)
+
+
+def test_a_write_that_fails_gives_its_room_back(tmp_path: Path) -> None:
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"old")
+    (tmp_path / "a.bin.tmp").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        train_gpt.write_atomic(path, b"new")
+    assert [file.name for file in tmp_path.iterdir()] == ["a.bin"]
+    assert path.read_bytes() == b"old"
+
+
+def test_a_disk_too_small_for_the_weights_is_refused_first(
+    data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = train_gpt.Hyperparameters(**data).artifact_bytes + 2_000_000
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=free))
+    message = refusal(run_here, data, tmp_path)
+    assert message.startswith(f"OUTPUT_DIR={tmp_path}: {free:,} bytes are free")
+    assert not list(tmp_path.glob("*.log"))
 
 
 def test_a_file_name_that_is_no_unicode_can_be_logged(tmp_path: Path) -> None:

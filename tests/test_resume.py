@@ -310,6 +310,29 @@ def test_a_checkpoint_of_an_older_version_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("stages", [{}, {"trained": {}}, [], {"trained": 1, "averaged": 2}])
+def test_a_checkpoint_without_its_stages_is_refused(
+    stages: Any, frontier: Path, tmp_path: Path
+) -> None:
+    saved = torch.load(frontier / "final_model.pt", weights_only=True)
+    torch.save(saved | {"stages": stages}, tmp_path / "odd.pt")
+    message = refusal(lambda: resume(tmp_path / "odd.pt", tmp_path / "out"))
+    assert f"RESUME_FROM={tmp_path}/odd.pt: not the final_model.pt" in message
+
+
+def test_weights_are_scored_on_ranks_that_could_not_have_trained_them(
+    frontier: Path, tmp_path: Path
+) -> None:
+    """Three do not divide the batch of 8 sequences."""
+    settings = dict(DEVICE="cpu", OMP_NUM_THREADS=1, OUTPUT_DIR=tmp_path)
+    resumed = completed(SCRIPT, ranks=3, RESUME_FROM=frontier / "final_model.pt", **settings)
+    assert resumed.returncode == 0, resumed.stderr
+    scores, expected = result_in(tmp_path)["scores"], result_in(frontier)["scores"]
+    assert scores.keys() == expected.keys()
+    for stage, score in scores.items():
+        assert score["nats"] == pytest.approx(expected[stage]["nats"], rel=1e-9), stage
+
+
 def test_weights_that_its_settings_do_not_make_are_refused(frontier: Path, tmp_path: Path) -> None:
     saved = torch.load(frontier / "final_model.pt", weights_only=True)
     saved["settings"]["num_layers"] = 5
