@@ -11,8 +11,10 @@ before the next one, and its length counts both; the BOS itself is a target of n
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -60,9 +62,13 @@ def table_by(
 
 
 def load_dump(path: str, targets: int, h: tg.Hyperparameters) -> dict[str, np.ndarray]:
-    """Nats of each target by kind of window.  Raises RunError for those of another split."""
-    with np.load(path) as saved:
-        nats = {name: saved[name] for name in saved.files}
+    """Nats of each target by kind of window.  Raises RunError for no dump or another split's."""
+    try:
+        with np.load(path) as saved:
+            nats = {name: saved[name] for name in saved.files}
+    except (OSError, ValueError, AttributeError, zipfile.BadZipFile) as error:
+        problem = f"{path}: not a file that EVAL_DUMP has written ({error})"
+        raise tg.RunError(problem) from None
     for name, losses in nats.items():
         tg.require(
             len(losses) == targets,
@@ -84,7 +90,9 @@ def main(path: str) -> None:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("dump", help="the file that EVAL_DUMP named")
     try:
-        main(sys.argv[1])
+        main(parser.parse_args().dump)
     except tg.RunError as error:
         sys.exit(f"error: {error}")

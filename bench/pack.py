@@ -12,6 +12,7 @@ weights, in 10^6 bytes; those that hold late QAT's own grid get the same file on
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import os
 import sys
@@ -139,7 +140,11 @@ def main(path: str, budgets: list[float]) -> None:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("path", help="final_model.ptz or final_model.pt")
+    parser.add_argument("budgets", nargs="*", type=float, default=[16.0], help="10^6 bytes")
+    arguments = parser.parse_args()
     try:
-        main(sys.argv[1], [float(text) for text in sys.argv[2:]] or [16.0])
-    except tg.RunError as error:
+        main(arguments.path, arguments.budgets)
+    except (tg.RunError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -8,6 +8,7 @@ The learning rate is recomputed from the settings; averaging is shaded from wher
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import re
@@ -179,10 +180,14 @@ def draw_losses(curves: Curves, loss: Any) -> None:
 
 
 if __name__ == "__main__":
-    source = Path(sys.argv[1])
-    target = Path(sys.argv[2]) if len(sys.argv) > 2 else source.with_suffix(".png")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("log", type=Path, help="train.log")
+    parser.add_argument("picture", type=Path, nargs="?", help="by default beside the log, .png")
+    arguments = parser.parse_args()
+    source = arguments.log
+    target = arguments.picture or source.with_suffix(".png")
     try:
         draw(read_log(source.read_text()), target)
-    except tg.RunError as error:
-        sys.exit(f"{source}: {error}")
+    except (tg.RunError, OSError, UnicodeDecodeError) as error:
+        sys.exit(f"error: {source}: {error}")
     print(target)

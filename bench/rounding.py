@@ -14,6 +14,7 @@ step given.
 
 from __future__ import annotations
 
+import argparse
 import math
 import os
 import sys
@@ -31,6 +32,7 @@ import checkpoint
 import train_gpt as tg
 
 Weights = dict[str, Tensor]
+WAYS = ("nearest", "gptq", "fisher")
 BLOCK = 128  # columns whose errors GPTQ carries to the far columns at once
 
 # Bank -> what its matrices of the first role read, and those of the second.
@@ -223,7 +225,9 @@ def main(
     path: str, ways: list[str], grid_steps: list[float], calibration: int, scored: int, stage: str
 ) -> None:
     h, (stages, facts) = checkpoint.load(path, os.environ)
-    weights = tg.with_blend(stages, h, facts.grid_step)[stage]
+    stages = tg.with_blend(stages, h, facts.grid_step)
+    tg.require(stage in stages, f"STAGE={stage}: {path} has {', '.join(stages)}; set one of them")
+    weights = stages[stage]
     plan = tg.BatchPlan(tg.open_split(h.data_path, "train"), h.train_seq_len, calibration, 1)
     windows = torch.from_numpy(plan.tokens(0, range(calibration)))
     validation = Validation(h, scored)
@@ -247,15 +251,26 @@ def main(
             )
 
 
+def ways_in(text: str) -> list[str]:
+    ways = text.split(",")
+    if not set(ways) <= set(WAYS):
+        raise argparse.ArgumentTypeError(f"{text!r}: choose of {', '.join(WAYS)}")
+    return ways
+
+
+def numbers_in(text: str) -> list[float]:
+    return [float(part) for part in text.split(",")]
+
+
 if __name__ == "__main__":
-    path, ways, grid_steps, *counts = sys.argv[1:]
-    defaults = ["16", "24"]
-    calibration, scored = map(int, counts + defaults[len(counts) :])
-    main(
-        path,
-        ways.split(","),
-        [float(text) for text in grid_steps.split(",")],
-        calibration,
-        scored,
-        stage=os.environ.get("STAGE", "averaged"),
-    )
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("path", help="final_model.pt")
+    parser.add_argument("ways", type=ways_in, help=f"of {', '.join(WAYS)}, with commas between")
+    parser.add_argument("grid_steps", type=numbers_in, help="with commas between")
+    parser.add_argument("calibration", type=int, nargs="?", default=16, help="training windows")
+    parser.add_argument("scored", type=int, nargs="?", default=24, help="validation windows")
+    arguments = parser.parse_args()
+    try:
+        main(**vars(arguments), stage=os.environ.get("STAGE", "averaged"))
+    except tg.RunError as error:
+        sys.exit(f"error: {error}")
