@@ -359,49 +359,6 @@ def run_rows(
                     keep(future.result())
 
 
-def in_a_worker(
-    variant: ablate.Variant,
-    gpu: str,
-    running: list[subprocess.Popen[str]],
-    command: Sequence[str] = (sys.executable, str(Path(__file__).resolve()), "measure"),
-) -> ablate.Result | str:
-    """The result of a variant on one GPU, or the message of its failure.
-
-    A process of its own: ablate's runs take the environment as it is, and threads share theirs.
-    """
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": gpu}
-    with subprocess.Popen(
-        [*command, json.dumps(variant)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        running.append(process)
-        out, said = process.communicate()
-    running.remove(process)
-    if process.returncode:
-        return (said.strip().splitlines() or [f"ended with {process.returncode}"])[-1]
-    answer = json.loads(out.splitlines()[-1])
-    if isinstance(answer, str):
-        return answer
-    return ablate.Result(*answer)
-
-
-def measure_here(variant: ablate.Variant) -> None:
-    """What the worker's process does: the result as the last line.  SIGTERM ends its run too."""
-    running: list[subprocess.Popen[str]] = []
-
-    def stop(*_: object) -> None:
-        if not running:
-            sys.exit("stopped before the run")
-        for process in running:
-            process.terminate()
-
-    signal.signal(signal.SIGTERM, stop)
-    print(json.dumps(ablate.in_a_process(variant, running)), flush=True)
-
-
 def record_of(row: Row, result: ablate.Result | str, facts: Record) -> Record:
     """A line of the rows file; `facts` says where and when."""
     record: Record = {
@@ -485,7 +442,7 @@ def run(options: argparse.Namespace) -> None:
 
     def measure(row: Row, gpu: str) -> Record:
         began = time.monotonic()
-        result = in_a_worker(row.variant, gpu, running)
+        result = ablate.in_a_process(row.variant, running, gpu)
         wall = round(time.monotonic() - began, 1)
         return record_of(row, result, facts | {"wall": wall})
 
@@ -1004,9 +961,6 @@ def main(arguments: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     try:
-        if sys.argv[1:2] == ["measure"]:  # of a worker, not for users
-            measure_here(ablate.Variant(*json.loads(sys.argv[2])))
-        else:
-            main(sys.argv[1:])
+        main(sys.argv[1:])
     except ablate.Mistake as error:
         sys.exit(f"error: {error}")

@@ -228,34 +228,9 @@ def test_the_pace_follows_the_rows_of_the_same_hardware() -> None:
     assert ladder.pace_of([elsewhere], "H100") == ladder.FIRST_PACE
 
 
-def worker(folder: Path, answer: object) -> list[str]:
-    """The command of a worker that answers so."""
-    file = folder / "worker.py"
-    file.write_text(f"import os\nprint('a line of the run')\n{answer}\n")
-    return [sys.executable, str(file)]
-
-
-def test_a_worker_sees_its_gpu_alone(tmp_path: Path) -> None:
-    command = worker(tmp_path, "print('\"' + os.environ['CUDA_VISIBLE_DEVICES'] + '\"')")
-    assert ladder.in_a_worker(ladder.DESIGN[0].variant, "3", [], command) == "3"
-
-
-def test_a_worker_hands_the_result_back(tmp_path: Path) -> None:
-    result = ablate.Result({"trained": 1.2}, 72.0, 800, 5, 1337)
-    command = worker(tmp_path, f"print({json.dumps(result)!r})")
-    running: list[Any] = []
-    assert ladder.in_a_worker(ladder.DESIGN[0].variant, "", running, command) == result
-    assert running == []
-
-
-def test_the_last_words_of_a_worker_that_fails_are_kept(tmp_path: Path) -> None:
-    command = worker(tmp_path, "raise SystemExit('no memory')")
-    assert ladder.in_a_worker(ladder.DESIGN[0].variant, "", [], command) == "no memory"
-
-
-def test_the_worker_of_the_tool_says_why_a_run_failed() -> None:
+def test_a_run_that_fails_says_why() -> None:
     variant = ablate.Variant("wrong", "", {"PRESET": "smoke", "MLP_HIDDEN": "wide"})
-    said = ladder.in_a_worker(variant, "", [])
+    said = ablate.in_a_process(variant, [])
     assert isinstance(said, str) and said.startswith("MLP_HIDDEN='wide': expected a finite int")
 
 
@@ -264,7 +239,7 @@ def test_a_call_writes_rows_to_both_files_and_then_goes_on(
 ) -> None:
     asked = []
 
-    def fake(variant: ablate.Variant, gpu: str, running: object) -> ablate.Result | str:
+    def fake(variant: ablate.Variant, running: object, gpu: str) -> ablate.Result | str:
         asked.append(variant.name)
         if "0.985" in variant.name:
             return "out of memory"
@@ -273,7 +248,7 @@ def test_a_call_writes_rows_to_both_files_and_then_goes_on(
     for split in ("train", "val"):
         (tmp_path / f"fineweb_{split}_000000.bin").write_bytes(bytes(1024 + 2_000_000))
     monkeypatch.setenv("DATA_PATH", str(tmp_path))
-    monkeypatch.setattr(ladder, "in_a_worker", fake)
+    monkeypatch.setattr(ablate, "in_a_process", fake)
     monkeypatch.setattr(ladder.signal, "signal", lambda *_: None)
     rows, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
     files = ["--rows", str(rows), "--out", str(out)]
