@@ -6,8 +6,9 @@ Three trainers, one after the other: all ranks together on the global batch; eve
 as if there were no others, on its share of that batch; and every rank by itself on all of it.  The
 first and the last train the same 20 steps of the run, so their losses differ by rounding alone
 (bfloat16 gradients, summed by ranks or by micro-batches).  Times are medians of TIMED_STEPS steps
-in a row, host-side agreement on the clock included.  Environment variables override
-hyperparameters as they do for train_gpt.py.
+in a row, host-side agreement on the clock included.  On GPUs a trace of rank 0 then tells which
+kernels the ranks add, and how long none runs.  Environment variables override hyperparameters as
+they do for train_gpt.py.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import dataclasses
 import gc
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,12 +27,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+import step_time
 import timing
 import train_gpt as tg
 from prepare_data import with_sample
 
 COMPARED = 20  # first steps, whose losses are compared
 RUN = 8000  # steps of a run, about
+NO_KERNEL = "(no kernel runs)"
 
 
 class Steps:
@@ -63,12 +67,18 @@ class Steps:
 
     def milliseconds(self, timed: int) -> float:
         """A step, on one batch."""
+        return timing.milliseconds(self.one_step(), self.runtime.on_cuda, repeats=timed)
+
+    def kernels(self) -> dict[str, float]:
+        """Milliseconds a step by kernel, and in which none runs; empty on a CPU."""
+        if not self.runtime.on_cuda:
+            return {}
+        traced = step_time.kernel_times(self.one_step())
+        return {**traced["kernels"], NO_KERNEL: traced["idle"]}
+
+    def one_step(self) -> Callable[[], Tensor]:
         tokens = self.batch(COMPARED)
-
-        def step() -> Tensor:
-            return self.step(tokens, COMPARED)
-
-        return timing.milliseconds(step, self.runtime.on_cuda, repeats=timed)
+        return lambda: self.step(tokens, COMPARED)
 
     def both(self, timed: int) -> dict[str, float]:
         """Milliseconds a step without and with late QAT, which is on from now on."""
@@ -103,6 +113,13 @@ def report_times(
         )
 
 
+def report_kernels(log: tg.RunLog, together: dict[str, float], alone: dict[str, float]) -> None:
+    """The kernels, most first, that a step together spends more or less on; ms a step by name."""
+    more = {name: together.get(name, 0.0) - alone.get(name, 0.0) for name in together | alone}
+    for name in sorted(more, key=lambda name: -abs(more[name]))[:16]:
+        log(f"{more[name]:+7.3f} ms  {together.get(name, 0.0):7.3f} together  {name[:90]}")
+
+
 def report_losses(log: tg.RunLog, losses: list[float], expected: list[float], ranks: int) -> None:
     pairs = list(zip(losses, expected, strict=True))
     for step, (found, one) in enumerate(pairs, 1):
@@ -126,13 +143,16 @@ def main(timed: int) -> None:
 
     steps = Steps(h, runtime, kernels)
     losses = steps.losses()
+    traces: list[dict[str, float]] = []
     if timed:
+        traces.append(steps.kernels())
         together = steps.both(timed)
         del steps  # a trainer's CUDA graphs hold its memory
         gc.collect()
         runtime.agree_on(None)  # nobody is alone while others are still together
         share = dataclasses.replace(h, train_batch_tokens=h.train_batch_tokens // ranks)
         steps = Steps(share, alone, kernels)
+        traces.append(steps.kernels())
         mine = steps.both(timed)
     del steps
     gc.collect()
@@ -140,6 +160,8 @@ def main(timed: int) -> None:
     expected = Steps(h, alone, kernels).losses()
 
     report_times(log, h, together, mine, ranks)
+    if traces:
+        report_kernels(log, *traces)
     report_losses(log, losses, expected, ranks)
     if runtime.on_cuda:
         log(f"peak memory: {torch.cuda.max_memory_reserved() / 2**30:.1f} GiB")

@@ -1,10 +1,15 @@
 """Claims about bench/scaling.py: ranks together and alone train the same steps, and are timed."""
 
 import re
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
-from support import REPO, completed, write_shard
+from support import REPO, completed, train_gpt, write_shard
+
+sys.path.insert(0, str(REPO / "bench"))
+import scaling
 
 
 @pytest.fixture(scope="module")
@@ -20,6 +25,15 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     done = completed(REPO / "bench/scaling.py", 2, ranks=2, **settings)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
+
+
+def test_the_kernels_that_ranks_add_come_first(tmp_path: Path) -> None:
+    log = train_gpt.RunLog(tmp_path / "a.log")
+    together = {"gemm": 40.0, "ncclReduceScatter": 0.7, "muon": 1.0, scaling.NO_KERNEL: 0.6}
+    scaling.report_kernels(log, together, {"gemm": 40.1, "muon": 2.0, scaling.NO_KERNEL: 0.5})
+    lines = (tmp_path / "a.log").read_text().splitlines()
+    assert [line.split()[0] for line in lines] == ["-1.000", "+0.700", "-0.100", "+0.100"]
+    assert "0.700 together  ncclReduceScatter" in lines[1] and lines[3].endswith("(no kernel runs)")
 
 
 def test_two_ranks_and_one_have_the_same_twenty_losses(output: list[str]) -> None:
