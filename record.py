@@ -6,9 +6,9 @@ Every complete run leaves a result_seed<N>.json.  Those whose recipe (settings, 
 hardware) equals the newest one's are merged: means, sample standard deviations, what the worst seed
 needed.
 
-BASELINE_LOSS (nats of the seeds to beat, comma-separated) or BASELINE_BPB (the same in bits per
-byte) and two seeds or more it adds Welch's test for the rule of records: better by at least 0.005
-nats at p < 0.01.  AUTHOR, GITHUB_ID and BLURB fill the fields of that name.
+With BASELINE_LOSS (nats of the seeds to beat, comma-separated) or BASELINE_BPB (the same in bits
+per byte), and two seeds or more, it adds Welch's test for the rule of records: better by at least
+0.005 nats at p < 0.01.  AUTHOR, GITHUB_ID and BLURB fill the fields of that name.
 """
 
 from __future__ import annotations

@@ -1260,7 +1260,7 @@ class Tiling(NamedTuple):
     depth: int  # of the product, loaded at a time
     warps: int
     stages: int  # of loads under way
-    programs: int  # that a processor holds
+    programs: int  # resident on one SM
 
 
 # Widths of n x 128 leave no partial tile.  bench/products.py times others.
