@@ -33,6 +33,7 @@ import ast
 import bz2
 import codecs
 import dataclasses
+import errno
 import fcntl
 import gzip
 import hashlib
@@ -47,6 +48,7 @@ import re
 import shlex
 import shutil
 import sysconfig
+import tempfile
 import unicodedata
 import warnings
 import zlib
@@ -1110,6 +1112,17 @@ def locked(root: Path) -> Iterator[Path]:
             shutil.rmtree(scratch, ignore_errors=True)
 
 
+def move(source: Path, target: Path) -> None:
+    """Rename; where a link leads to another disk, copy beside the target first."""
+    try:
+        os.replace(source, target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".prepare_data.") as beside:
+            os.replace(shutil.move(source, beside), target)
+
+
 def recorded(dataset: Path, source: str) -> dict[str, Any]:
     """Return the manifest of `dataset`, {} if there is no such folder.
 
@@ -1194,9 +1207,9 @@ def build(
             described["twins"] = parts.twins
         write_manifest(scratch / "dataset", {"source": source, **described})
         if dataset.exists():  # a damaged build from this very source
-            dataset.rename(scratch / "damaged")
-        os.replace(scratch / "model", tokenizer)
-        os.replace(scratch / "dataset", dataset)
+            move(dataset, scratch / "damaged")
+        move(scratch / "model", tokenizer)
+        move(scratch / "dataset", dataset)
     return dataset, tokenizer
 
 
@@ -1315,7 +1328,10 @@ def published(manifest: Path, dataset: str, repo: str) -> dict[str, int]:
         entries = {entry["name"]: entry for entry in json.loads(manifest.read_bytes())["datasets"]}
         if dataset in entries:
             stats = entries[dataset]["stats"]
-            return {split: int(stats[f"files_{split}"]) for split in ("train", "val")}
+            counts = {split: int(stats[f"files_{split}"]) for split in ("train", "val")}
+            if min(counts.values()) < 1:
+                raise ValueError
+            return counts
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{repo}: unknown form of manifest.json; try another --repo") from error
     held = ", ".join(sorted(entries)) or "nothing"
@@ -1331,7 +1347,7 @@ def place(
     except (OSError, DataError):
         staged = fetch(name)
         check(staged)
-        os.replace(staged, path)
+        move(staged, path)
 
 
 def stated(manifest: dict[str, Any]) -> dict[str, str]:
@@ -1481,7 +1497,7 @@ def build_fineweb(args: argparse.Namespace) -> tuple[Path, Path]:
         manifest = recorded(dataset, repo)
         if not manifest:
             write_manifest(scratch, {"source": repo})
-            scratch.rename(dataset)
+            move(scratch, dataset)
         wanted = {"val": counts["val"], "train": args.shards}
         measured = download(dataset, tokenizer, wanted, stated(manifest), fetch)
         val = sorted(dataset.glob("fineweb_val_*.bin"))

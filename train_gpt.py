@@ -533,11 +533,30 @@ class Runtime:
             dist.all_gather_object(values, value)
         return values
 
+    def check_alike(self, facts: Mapping[str, Any]) -> None:
+        """Raises RunError if a rank has others: every node has its own environment and disk."""
+        first, *others = self.gather(dict(facts))
+        for rank, found in enumerate(others, 1):
+            for name, value in first.items():
+                require(
+                    found.get(name) == value,
+                    f"rank {rank}: {name}={found.get(name)!r}, but rank 0 has {value!r}; start "
+                    "every node with the same settings, train_gpt.py and data",
+                )
+
     def sum(self, tensor: Tensor) -> Tensor:
         """`tensor` itself, summed over ranks in place."""
         if self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor
+
+
+def same_on_all_ranks(h: Hyperparameters) -> dict[str, Any]:
+    """What must not differ between ranks: every setting but names and places, and the code."""
+    own = ("preset", "run_id", "data_path", "tokenizer_path", "output_dir", "eval_dump")
+    values = {name.upper(): value for name, value in asdict(h).items() if name not in own}
+    paths = {name: bool(values[name]) for name in ("EVAL_ONLY", "RESUME_FROM")}  # rank 0 reads them
+    return values | paths | {"SHA-256 of train_gpt.py": file_digest(SOURCE)}
 
 
 def launch_of(env: Mapping[str, str]) -> tuple[int, int, int]:
@@ -3386,6 +3405,9 @@ def ending_signals() -> list[signal.Signals]:
     return [number for number in signals if signal.getsignal(number) != signal.SIG_IGN]
 
 
+ASK_SECONDS = 5.0  # of the clock, between two looks at the signals of all ranks; torchrun gives 30
+
+
 @contextlib.contextmanager
 def received_signals() -> Iterator[list[int]]:
     """Signals that would end the process end up in the list instead."""
@@ -3445,6 +3467,7 @@ def train(
     step = 0
     progress = 0.0
     interrupted = False
+    asked = 0.0  # when the other ranks were last asked for signals
     data_fault = ""
 
     with received_signals() as signals:
@@ -3455,6 +3478,9 @@ def train(
             end, elapsed, interrupted = runtime.agree_on(
                 (losses.projected_end(2), clock.elapsed(), bool(signals))
             )
+            if elapsed - asked > ASK_SECONDS:  # a node can be stopped by itself
+                asked = elapsed
+                interrupted = any(runtime.gather(interrupted or bool(signals)))
             out_of_time = 0 < h.max_wallclock_seconds < end
             if step > 0 and (interrupted or out_of_time):
                 break
@@ -3605,13 +3631,14 @@ class RunFiles:
 
     def check_space(self) -> None:
         """Raises RunError if what a training run writes does not fit on the disk."""
-        # Two stages in float32; the artifact, the log and the results.
-        needed = 8 * self.h.parameters() + self.h.artifact_bytes + 2_000_000
-        free = shutil.disk_usage(self.folder).free
+        # Two stages in float32; the artifact, of a byte a code at most; the log and the results.
+        artifact = min(self.h.artifact_bytes, 2 * self.h.parameters())
+        needed = 8 * self.h.parameters() + artifact + 2_000_000
+        disk = shutil.disk_usage(self.folder)  # all zeros: it does not tell
         require(
-            free > needed,
-            f"OUTPUT_DIR={self.folder}: {free:,} bytes are free, the run may write {needed:,}; "
-            "free space or set another OUTPUT_DIR",
+            disk.free > needed or not disk.total,
+            f"OUTPUT_DIR={self.folder}: {disk.free:,} bytes are free, the run may write "
+            f"{needed:,}; free space or set another OUTPUT_DIR",
         )
 
     def finish(self, log: RunLog) -> None:
@@ -3677,14 +3704,15 @@ def run(h: Hyperparameters, runtime: Runtime, checkpoint: Checkpoint | None = No
 def resumable(session: Session) -> Iterator[None]:
     """An interrupt or a full disk in here ends with a message that names the saved weights."""
     weights = session.h.resume_from or session.files.weights
-    resume = session.files.weights_fault or f"RESUME_FROM={weights} packs and scores it"
+    fault = session.files.weights_fault
+    resume = fault or f"RESUME_FROM={weights} packs and scores it"
     try:
         yield
     except KeyboardInterrupt:
         require(session.h.eval_only, f"interrupted: {resume}")
         raise
     except OSError as error:
-        require(session.h.eval_only, f"{message_of(error)}; then {resume}")
+        require(session.h.eval_only, f"{message_of(error)}; {'' if fault else 'then '}{resume}")
         raise
 
 
@@ -3705,6 +3733,8 @@ def open_session(h: Hyperparameters, runtime: Runtime, files: RunFiles) -> Sessi
             "make the folder, or name a file in another",
         )
     evaluator = Evaluator.open(h, runtime)
+    facts = same_on_all_ranks(h) | {"SHA-256 of the validation tokens": evaluator.val_digest}
+    runtime.check_alike(facts)
     settings = json.dumps(asdict(h), indent=1)
     head = f"{SOURCE.read_text()}\n{'=' * 80}\n{settings}\n"
     log = RunLog(files.log if runtime.rank == 0 else None, head)
@@ -3753,6 +3783,7 @@ def train_and_save(session: Session) -> Checkpoint:
         for shard in shards:
             check_vocabulary(shard, h.vocab_size, f"{h.data_path}/fineweb_train_*.bin")
     plan = BatchPlan(shards, h.train_seq_len, h.train_batch_tokens // h.train_seq_len, h.seed)
+    session.runtime.check_alike({"SHA-256 of the training tokens": plan.digest})
     trainer = Trainer(h, session.runtime, session.kernels)
     stages, facts = train(h, session.runtime, session.log, session.evaluator, trainer, plan)
     with received_signals() as late:  # torchrun sends a Ctrl-C twice
@@ -3760,15 +3791,16 @@ def train_and_save(session: Session) -> Checkpoint:
         if session.runtime.rank == 0 and finite:
             goes_on = not facts.fault and (not facts.interrupted or h.on_interrupt == "finish")
             save_weights(session, Checkpoint(stages, facts), goes_on)
+    lost = session.files.weights_fault if finite else "no finite weights left"
+    weights = session.files.weights
     if facts.fault:
-        kept = "no finite weights left"
-        if finite:
-            kept = f"RESUME_FROM={session.files.weights} scores what it left"
-        raise RunError(f"{facts.fault}; {kept}")
+        kept = f"RESUME_FROM={weights} scores what it left"
+        raise RunError(f"{facts.fault}; {lost or kept}")
     if facts.interrupted and h.on_interrupt == "save":
-        raise RunError(
-            f"interrupted at step {facts.step_stop}: RESUME_FROM={session.files.weights} scores it"
-        )
+        message = f"interrupted at step {facts.step_stop}: RESUME_FROM={weights} scores it"
+        if lost:
+            message = f"interrupted at step {facts.step_stop}: {lost}"
+        raise RunError(message)
     with resumable(session):
         if late and not facts.interrupted:
             raise KeyboardInterrupt
@@ -3781,11 +3813,13 @@ def save_weights(session: Session, checkpoint: Checkpoint, goes_on: bool) -> Non
     try:
         save_checkpoint(files.weights, session.h, *checkpoint)
     except OSError as error:
-        if not goes_on:
-            raise
-        files.weights.unlink(missing_ok=True)  # of an earlier run
+        with contextlib.suppress(OSError):
+            files.weights.unlink(missing_ok=True)  # of an earlier run
         files.weights_fault = f"the weights could not be saved ({error.strerror})"
-        session.log(f"note: {files.weights_fault}; the run goes on without them")
+        if goes_on:
+            session.log(f"note: {files.weights_fault}; the run goes on without them")
+            if (files.folder / "final_model.pt").exists():
+                session.log(f"note: {files.folder}/final_model.pt is an earlier run's")
         return
     if checkpoint.facts.interrupted and goes_on:
         session.log(f"note: RESUME_FROM={files.weights} scores it if this run is ended as well")
@@ -3975,6 +4009,7 @@ def main() -> None:
         with contextlib.suppress(OSError, ValueError):  # a mapped shard keeps its file open
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         runtime = Runtime.start(h, os.environ)
+        runtime.check_alike(same_on_all_ranks(h))
         checkpoint = None
         if resumes:
             h, checkpoint = load_checkpoint(h, runtime, os.environ)

@@ -29,7 +29,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -206,7 +206,7 @@ def parse(argument: str) -> Variant:
     found = re.fullmatch(r"\s*(.*?)\s*(?:\((.*)\))?\s*", head)
     pairs = [item.partition("=") for item in settings.split()]
     whole = all(key and equals for key, equals, _ in pairs)
-    if not found or not found[1] or not whole:
+    if not found or not found[1] or not whole or found[1].startswith("-"):
         raise Mistake(f"{argument!r}: expected 'name (prediction): KEY=VALUE ...'")
     return Variant(found[1], found[2] or "", {key: value for key, _, value in pairs})
 
@@ -221,8 +221,9 @@ def check(variant: Variant) -> None:
         h = tg.Hyperparameters.from_env(variant.environment)
     except tg.RunError as error:
         raise Mistake(str(error)) from None
-    if h.eval_only:
-        raise Mistake(f"EVAL_ONLY={h.eval_only}: a variant is trained; unset it")
+    for name in ("EVAL_ONLY", "RESUME_FROM"):
+        if getattr(h, name.lower()):
+            raise Mistake(f"{name}={getattr(h, name.lower())}: a variant is trained; unset it")
     candidates.check(added, h)
     check_keys(variant)
 
@@ -258,6 +259,28 @@ def run_variant(variant: Variant) -> Result:
     return Result(scores, facts.step_avg_ms, facts.step_stop, size, facts.seed)
 
 
+def folder_of(variant: Variant) -> str:
+    """Its name under OUTPUT_DIR."""
+    return re.sub(r"\W+", "_", variant.name)
+
+
+def check_together(variants: Sequence[Variant], table: Path, workers: int) -> None:
+    """Raises Mistake for what would lose a result after its run."""
+    if workers < 1:
+        raise Mistake(f"WORKERS={workers}: expected 1 or more")
+    if table.is_dir() or not table.parent.is_dir():
+        raise Mistake(f"TABLE={table}: expected a file in a folder that exists")
+    names: dict[str, str] = {}
+    for variant in variants if "OUTPUT_DIR" in os.environ else ():
+        folder = folder_of(variant)
+        if folder in names:
+            raise Mistake(
+                f"{names[folder]!r}, {variant.name!r}: one folder of OUTPUT_DIR, {folder}; "
+                "rename one"
+            )
+        names[folder] = variant.name
+
+
 def gpus_of(env: Mapping[str, str]) -> tuple[list[str], str]:
     """Numbers of the GPUs at hand, and their name; one empty number where there is none."""
     listed: list[str] = []
@@ -283,7 +306,7 @@ def in_a_process(
     """
     command = [sys.executable, str(Path(__file__).resolve()), "--one", json.dumps(variant)]
     with tempfile.TemporaryDirectory() as folder:
-        mine = Path(os.environ.get("OUTPUT_DIR", folder), re.sub(r"\W+", "_", variant.name))
+        mine = Path(os.environ.get("OUTPUT_DIR", folder), folder_of(variant))
         environment = {**os.environ, "OUTPUT_DIR": str(mine)}
         if gpu:
             environment["CUDA_VISIBLE_DEVICES"] = gpu
@@ -346,6 +369,7 @@ def main(arguments: list[str], table: Path, workers: int = 1) -> None:
     variants = [parse(argument) for argument in arguments]
     for variant in variants:  # mistakes show before the first run
         check(variant)
+    check_together(variants, table, workers)
     base: Result | None = None
     head = f"\n{HEADER}\n"
     running: list[subprocess.Popen[str]] = []
@@ -386,7 +410,10 @@ if __name__ == "__main__":
             one(Variant(*json.loads(sys.argv[2])))
         else:
             file = Path(os.environ.pop("TABLE", str(REPO / "docs/ABLATIONS.md")))
-            workers = int(os.environ.pop("WORKERS", "1"))
+            count = os.environ.pop("WORKERS", "1")
+            if not count.isdecimal():
+                raise Mistake(f"WORKERS={count}: expected a whole number")
+            workers = int(count)
             main(sys.argv[1:] or ["base"], file, workers)
     except Mistake as error:
         sys.exit(f"error: {error}")

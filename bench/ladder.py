@@ -237,13 +237,20 @@ def read_records(path: Path) -> list[Record]:
     if not path.exists():
         return records
 
-    lines = path.read_text().splitlines()
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ablate.Mistake(f"{path}: cannot be read ({error})") from None
     for number, line in enumerate(lines, 1):
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except ValueError:
             if number < len(lines):
                 raise ablate.Mistake(f"{path}: line {number} is not JSON; mend it") from None
+            continue
+        if not isinstance(record, dict) or not {"id", "corpus"} <= record.keys():
+            raise ablate.Mistake(f"{path}: line {number} is no row of `run`; mend it")
+        records.append(record)
     return records
 
 
@@ -281,7 +288,10 @@ def corpus_name(record: Record) -> str:
 
 def open_rows(known: Mapping[str, Record], pattern: str, again: bool) -> list[Row]:
     """Rows of the design that have no result; those that failed count as done unless `again`."""
-    rows = [row for row in DESIGN if re.search(pattern, row.id)]
+    try:
+        rows = [row for row in DESIGN if re.search(pattern, row.id)]
+    except re.error as error:
+        raise ablate.Mistake(f"--only {pattern}: no regular expression ({error})") from None
     if not rows:
         raise ablate.Mistake(f"--only {pattern}: no row of the design has such an id")
     return [row for row in rows if row.id not in known or (again and "failed" in known[row.id])]
@@ -395,6 +405,16 @@ def corpus_label(name: str, data_path: str) -> str:
     return f"{name} {'+'.join(counts)}"
 
 
+def check_corpus(label: str, records: Iterable[Record]) -> None:
+    """Raises Mistake if rows of that corpus's name are of other text: a fit would mix them."""
+    name = label.split()[0]
+    for other in {str(r["corpus"]) for r in records if corpus_name(r) == name} - {label}:
+        raise ablate.Mistake(
+            f"--corpus {name}: the rows are of {other}, DATA_PATH holds {label}; set DATA_PATH, or "
+            "another name"
+        )
+
+
 def check_rows(rows: Iterable[Row], tg: Any, env: Mapping[str, str]) -> None:
     """Raises Mistake for a row that cannot run, and for a setting that rows would not show."""
     fields = dataclasses.fields(tg.Hyperparameters)
@@ -431,6 +451,8 @@ def run(options: argparse.Namespace) -> None:
     slots = [gpus[i % len(gpus)] for i in range(options.workers)]
     sharing = math.ceil(options.workers / len(gpus))
     facts = facts_of_call(options, hardware, tg) | {"sharing": sharing}
+    if options.seconds:
+        check_corpus(facts["corpus"], records)
     files = [path for path in (options.rows, options.out) if path]
     running: list[subprocess.Popen[str]] = []
     signals: list[int] = []
@@ -939,7 +961,9 @@ def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.verb == "run" and options.workers < 1:
         parser.error("--workers: expected 1 or more")
-    if options.verb != "run" and options.noise <= 0:
+    if len(options.corpus.split()) != 1:
+        parser.error("--corpus: expected one word")
+    if options.verb != "run" and not 0 < options.noise < math.inf:
         parser.error("--noise: expected more than 0")
     return options
 
@@ -955,6 +979,8 @@ def main(arguments: Sequence[str]) -> None:
         return
     if not done:
         raise ablate.Mistake(f"{options.rows}: holds no results; `run` comes first")
+    if not options.picture.absolute().parent.is_dir():
+        raise ablate.Mistake(f"--picture {options.picture}: make its folder first")
     draw(done, options.score, options.noise, options.picture)
     print(options.picture)
 

@@ -171,6 +171,8 @@ def main(timed: int) -> None:
 
 if __name__ == "__main__":
     try:
-        main(int(sys.argv[1]) if len(sys.argv) > 1 else 20)
+        count = sys.argv[1] if len(sys.argv) > 1 else "20"
+        tg.require(count.isdecimal(), f"TIMED_STEPS={count}: expected a whole number")
+        main(int(count))
     except tg.RunError as error:
         sys.exit(f"error: {error}")

@@ -33,7 +33,7 @@ def test_an_argument_is_name_prediction_and_settings() -> None:
     assert ablate.parse("x: OFF=smear,normuon SEED=7").off == ["smear", "normuon"]
 
 
-@pytest.mark.parametrize("argument", ["", ": A=1", "name: A", "name: =1"])
+@pytest.mark.parametrize("argument", ["", ": A=1", "name: A", "name: =1", "--help"])
 def test_an_argument_that_is_none_is_refused(argument: str) -> None:
     with pytest.raises(ablate.Mistake, match="expected 'name"):
         ablate.parse(argument)
@@ -45,6 +45,7 @@ def test_an_argument_that_is_none_is_refused(argument: str) -> None:
         ("x: OFF=smeer", "unknown; choose of .*smear"),
         ("x: ITERATION=3", "ITERATIONS"),
         ("x: EVAL_ONLY=final_model.ptz", "a variant is trained"),
+        ("x: RESUME_FROM=final_model.pt", "a variant is trained"),
     ],
 )
 def test_what_cannot_run_is_refused_before_any_run(
@@ -53,6 +54,21 @@ def test_what_cannot_run_is_refused_before_any_run(
     with pytest.raises(ablate.Mistake, match=message):
         ablate.main(["base", argument], tmp_path / "TABLE.md")
     assert not (tmp_path / "TABLE.md").exists()
+
+
+def test_what_would_lose_a_row_is_refused_before_any_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ablate, "in_a_process", lambda *_: pytest.fail("a run began"))
+    for table in (tmp_path, tmp_path / "none/TABLE.md"):
+        with pytest.raises(ablate.Mistake, match="expected a file in a folder"):
+            ablate.main(["base"], table)
+    with pytest.raises(ablate.Mistake, match="WORKERS=0"):
+        ablate.main(["base"], tmp_path / "TABLE.md", 0)
+    monkeypatch.setenv("OUTPUT_DIR", str(tmp_path))
+    for names in (["qk 4", "qk-4"], ["a", "a"]):
+        with pytest.raises(ablate.Mistake, match="rename one"):
+            ablate.main(names, tmp_path / "TABLE.md")
 
 
 @pytest.mark.parametrize("shared", [False, True])

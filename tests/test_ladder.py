@@ -281,6 +281,23 @@ def test_a_folder_without_shards_is_refused(tmp_path: Path) -> None:
         ladder.corpus_label("larger", str(tmp_path))
 
 
+def test_rows_of_other_text_under_the_same_name_are_refused() -> None:
+    """The default name and another DATA_PATH: a fit would mix both."""
+    done = [record(ladder.DESIGN[0]), record(ladder.DESIGN[1], corpus="older 72.6M+3.1M")]
+    ladder.check_corpus("larger 254.5M+3.1M", done)
+    ladder.check_corpus("other 1.0M+1.0M", done)
+    with pytest.raises(ablate.Mistake, match=r"of larger 254.5M\+3.1M, DATA_PATH holds larger 8"):
+        ladder.check_corpus("larger 8000.0M+62.0M", done)
+
+
+@pytest.mark.parametrize("line", ["7", "null", "[]", '{"id": "A base"}'])
+def test_a_line_that_is_no_row_is_refused(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(line + "\n")
+    with pytest.raises(ablate.Mistake, match="line 1 is no row"):
+        ladder.read_records(path)
+
+
 # ---- Fit -----------------------------------------------------------------------------------------
 
 

@@ -18,7 +18,7 @@ from small_run import (
     program,
     run_here,
 )
-from support import EARLIER, RESULTS, refusal, train_gpt
+from support import EARLIER, RESULTS, refusal, tiny, train_gpt
 
 RunLog = train_gpt.RunLog
 
@@ -261,10 +261,36 @@ def test_weights_that_are_not_saved_are_not_named(
 def test_weights_that_an_interrupt_cannot_save_are_told(
     data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """And no weights of an earlier run are left in their place."""
+    (tmp_path / "final_model.partial.pt").write_text(EARLIER)
     struck_in_step(monkeypatch, signal.SIGTERM)
     refuse_weights(monkeypatch)
-    with pytest.raises(OSError, match="No space left"):
-        run_here(data, tmp_path)
+    message = refusal(run_here, data, tmp_path)
+    assert message.startswith("interrupted at step ")
+    assert message.endswith(": the weights could not be saved (No space left on device)")
+    assert not list(tmp_path.glob("*.pt"))
+
+
+def test_weights_that_are_not_saved_are_not_offered_on_a_full_disk(
+    data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(train_gpt, "write_atomic", full)
+    message = refusal(run_here, data, tmp_path)
+    assert message.endswith("OUTPUT_DIR; the weights could not be saved (No space left on device)")
+
+
+def test_a_run_without_its_weights_tells_whose_are_there(
+    data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "final_model.pt").write_text(EARLIER)
+    refuse_weights(monkeypatch)
+    run_here(data, tmp_path)
+    log = (tmp_path / "train.log").read_text()
+    assert f"note: {tmp_path}/final_model.pt is an earlier run's" in log
+    assert (tmp_path / "final_model.pt").read_text() == EARLIER
 
 
 def test_a_write_that_fails_gives_its_room_back(tmp_path: Path) -> None:
@@ -280,11 +306,22 @@ def test_a_write_that_fails_gives_its_room_back(tmp_path: Path) -> None:
 def test_a_disk_too_small_for_the_weights_is_refused_first(
     data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    free = train_gpt.Hyperparameters(**data).artifact_bytes + 2_000_000
-    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=free))
+    free = 2_000_000
+    usage = SimpleNamespace(free=free, total=free)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
     message = refusal(run_here, data, tmp_path)
     assert message.startswith(f"OUTPUT_DIR={tmp_path}: {free:,} bytes are free")
     assert not list(tmp_path.glob("*.log"))
+
+
+@pytest.mark.parametrize("total, free, budget", [(0, 0, 16_000_000), (10**8, 10**8, 10**15)])
+def test_a_disk_that_tells_nothing_or_has_room_is_taken(
+    total: int, free: int, budget: int, data: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some file systems of users' programs have no sizes; a budget is no size of an artifact."""
+    usage = SimpleNamespace(free=free, total=total)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
+    train_gpt.RunFiles(tiny(**data, artifact_bytes=budget)).check_space()
 
 
 def test_a_file_name_that_is_no_unicode_can_be_logged(tmp_path: Path) -> None:

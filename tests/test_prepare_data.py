@@ -1,5 +1,6 @@
 """Claims about prepare_data.py, checked on the real sample (built once) and on small texts."""
 
+import errno
 import gzip
 import hashlib
 import io
@@ -752,6 +753,42 @@ def test_fineweb_mistakes_are_named_in_one_line(hub: SimpleNamespace) -> None:
     (hub.export / "fineweb_val_000000.bin").unlink()
     message = failure(*fineweb_arguments(hub, "--shards", 1))
     assert "me/export" in message and "404 for datasets/datasets/fineweb10B_sp400" in message
+
+
+def test_an_export_without_validation_shards_is_refused(hub: SimpleNamespace) -> None:
+    manifest = hub.export.parents[1] / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"files_val": 1', '"files_val": 0'))
+    assert "unknown form of manifest.json" in failure(*fineweb_arguments(hub, "--shards", 1))
+
+
+def test_data_may_lie_on_another_disk_than_their_root(
+    hub: SimpleNamespace, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the folder of datasets, or of one, is a link."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    hub.root.mkdir()
+    (hub.root / "datasets").symlink_to(disk)
+    replace = os.replace
+
+    def on_one_disk(old: Path, new: Path) -> None:
+        sides = [disk in Path(os.path.realpath(path)).parents for path in (old, new)]
+        if sides[0] != sides[1]:
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), str(old))
+        replace(old, new)
+
+    monkeypatch.setattr(os, "replace", on_one_disk)
+    prepare_data.main(fineweb_arguments(hub, "--shards", 1))
+    prepare_data.main(fineweb_arguments(hub, "--shards", 2))
+    dataset, tokenizer = text_command(hub.root, source)
+    assert {path.name for path in disk.iterdir()} == {"fineweb10B_sp400", "text_sp400"}
+    assert len(list(disk.glob("fineweb10B_sp400/*.bin"))) == 3
+    assert read_texts(dataset, "val", tokenizer)[0] in DOCUMENTS
+    shard = dataset / "fineweb_val_000000.bin"
+    good = shard.read_bytes()
+    shard.write_bytes(good[:-2])
+    text_command(hub.root, source)
+    assert shard.read_bytes() == good
 
 
 def test_vocab_without_a_known_export_asks_for_a_repo(

@@ -153,6 +153,13 @@ def test_a_second_run_of_a_seed_replaces_the_first(tmp_path: Path) -> None:
     assert report["val_loss"] == pytest.approx(2.0) and report["seeds"] == [2, 1]
 
 
+def test_an_older_result_of_a_seed_is_left_out_by_name(tmp_path: Path) -> None:
+    (tmp_path / "result_seed1 (copy).json").write_text(json.dumps(result(1, 3.0, time=500.0)))
+    report, lines = merge(tmp_path, result(1, 2.0), result(2, 2.2))
+    assert report["seeds"] == [1, 2] and report["val_loss"] == pytest.approx(2.1)
+    assert "result_seed1 (copy).json is an older result of seed 1" in lines[0]
+
+
 OTHER: list[tuple[dict[str, Any], str]] = [  # what may not differ, and how the log calls it
     ({"settings": {"matrix_lr": 0.5}}, "matrix_lr"),
     ({"facts": {"code_sha256": "0ld"}}, "code"),

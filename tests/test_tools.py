@@ -8,6 +8,14 @@ MISTAKES = {
     "pack.py final_model.pt much": "invalid float value: 'much'",
     "plot_log.py train.png": "train.png: 'utf-8' codec can't decode",
     "eval_table.py train.log": "train.log: not a file that EVAL_DUMP has written",
+    "scaling.py many": "TIMED_STEPS=many: expected a whole number",
+    "scaling.py -1": "TIMED_STEPS=-1: expected a whole number",
+    "ladder.py fit --rows bench": "bench: cannot be read",
+    "ladder.py fit --noise nan": "--noise: expected more than 0",
+    "ladder.py fit --corpus=": "--corpus: expected one word",
+    "ladder.py plot --picture none/x.png": "--picture none/x.png: make its folder first",
+    "ladder.py run --seconds 0 --only [": "--only [: no regular expression",
+    "ablate.py --help": "expected 'name (prediction): KEY=VALUE ...'",
     "rounding.py final_model.pt nearby 0.01": "'nearby': choose of nearest, gptq, fisher",
 }
 
