@@ -54,22 +54,21 @@ def load_results(folder: Path, log: Log) -> list[Result]:
             )
     if not found:
         raise FileNotFoundError(f"{folder}: no result_seed*.json of a complete run")
-    *found, newest = sorted(found, key=lambda row: row[:2])
-    merged = [newest[2]]
-    seeds = {int(newest[2]["training"]["seed"])}
-    wanted = recipe_of(newest[2])
-    for _, name, result in reversed(found):
+    found.sort(key=lambda row: row[:2])
+    wanted = recipe_of(found[-1][2])
+    merged: dict[int, tuple[str, Result]] = {}
+    for _, name, result in found:
         recipe = recipe_of(result)
         other = [key for key in recipe | wanted if recipe.get(key) != wanted.get(key)]
-        seed = int(result["training"]["seed"])
         if other:
             log(f"seeds: {name} is of another {', '.join(other[:5])} and is not merged")
-        elif seed in seeds:
-            log(f"seeds: {name} is an older result of seed {seed} and is not merged")
-        else:
-            seeds.add(seed)
-            merged.append(result)
-    return merged[::-1]
+            continue
+        seed = int(result["training"]["seed"])
+        if seed in merged:
+            older, _ = merged.pop(seed)
+            log(f"seeds: {older} is an older result of seed {seed} and is not merged")
+        merged[seed] = (name, result)
+    return [result for _, result in merged.values()]
 
 
 def bits_per_byte(score: Mapping[str, float]) -> float:
