@@ -553,10 +553,11 @@ class Runtime:
 
 def same_on_all_ranks(h: Hyperparameters) -> dict[str, Any]:
     """What must not differ between ranks: every setting but names and places, and the code."""
-    own = ("preset", "run_id", "data_path", "tokenizer_path", "output_dir", "eval_dump")
+    own = ("preset", "run_id", "data_path", "tokenizer_path", "output_dir", "eval_dump",
+           "resume_from")  # fmt: skip
     values = {name.upper(): value for name, value in asdict(h).items() if name not in own}
-    paths = {name: bool(values[name]) for name in ("EVAL_ONLY", "RESUME_FROM")}  # rank 0 reads them
-    return values | paths | {"SHA-256 of train_gpt.py": file_digest(SOURCE)}
+    values["EVAL_ONLY"] = bool(h.eval_only)  # the file itself is read by rank 0
+    return values | {"SHA-256 of train_gpt.py": file_digest(SOURCE)}
 
 
 def launch_of(env: Mapping[str, str]) -> tuple[int, int, int]:
@@ -3154,7 +3155,7 @@ class Trainer:
         first = runtime.rank * self.layout.local
         self.rows = range(first, first + self.layout.local)  # of every batch, this rank's
         self.loss = runtime.compile(loss_share)
-        # By the plan of the model's layers: a run may change it on the way.
+        # By the plan of the model's layers, as bench/candidates.py changes it on the way.
         self.graphs = collections.defaultdict[Plan, StepGraphs](StepGraphs)
         self.qat_steps = 0
         self.graphs_warmed_up = 0  # compiled by the end of the warm-up
@@ -4009,7 +4010,7 @@ def main() -> None:
         with contextlib.suppress(OSError, ValueError):  # a mapped shard keeps its file open
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         runtime = Runtime.start(h, os.environ)
-        runtime.check_alike(same_on_all_ranks(h))
+        runtime.check_alike({"RESUME_FROM": resumes})  # only those that resume receive the file
         checkpoint = None
         if resumes:
             h, checkpoint = load_checkpoint(h, runtime, os.environ)

@@ -77,6 +77,9 @@ class Reference:
         self.value_embedding = w["ve_emb"][inputs] @ w["ve_proj"][0].T
         self.outputs: dict[int, Tensor] = {}  # of layers, by number
 
+    def behind_layer_1(self, w: Weights) -> Tensor:
+        return self.layer(w, self.layer(w, self.embedded, 0), 1)
+
     def enter(self, w: Weights, x: Tensor, number: int, skips: bool = True) -> Tensor:
         row = number - (self.h.num_layers - self.half)
         if skips and row >= 0:
@@ -294,9 +297,7 @@ def test_lanes_are_read_and_written_as_routed(install: Install) -> None:
     inputs, _ = batch(h)
     with in_float64(), torch.no_grad():
         reference = Reference(h, w, inputs)
-        x = reference.embedded
-        for number in (0, 1):
-            x = reference.layer(w, x, number)
+        x = reference.behind_layer_1(w)
         lanes = [x, x]
         for number in (2, 3):
             lanes = [reference.enter(w, lane, number) for lane in lanes]
@@ -345,9 +346,7 @@ def test_shares_of_earlier_states_reach_stream_and_values(install: Install) -> N
     inputs, _ = batch(h)
     with in_float64(), torch.no_grad():
         reference = Reference(h, w, inputs)
-        x = reference.embedded
-        for number in (0, 1):
-            x = reference.layer(w, x, number)
+        x = reference.behind_layer_1(w)
         for number in (2, 3):
             x = reference.enter(w, x, number)
             to_stream, to_values = ref_mix(reference, w, x, number)
