@@ -1,6 +1,7 @@
 """Measures how the best settings move with batch and length, towards the official run.
 
     python bench/ladder.py run --seconds 540 --workers 2       # the next rows that fit in the time
+    IN_TURN=1 python bench/ladder.py run ...    # of those on a GPU, one trains while others start
     python bench/ladder.py fit                                 # optima, and what they say of 8 GPUs
     python bench/ladder.py plot                                # the same as a picture
 
@@ -431,15 +432,18 @@ def check_rows(rows: Iterable[Row], tg: Any, env: Mapping[str, str]) -> None:
             raise ablate.Mistake(f"{row.id}: {error}") from None
 
 
-def facts_of_call(options: argparse.Namespace, hardware: str, tg: Any) -> Record:
+def facts_of_call(options: argparse.Namespace, hardware: str, tg: Any, sharing: int) -> Record:
     """What all rows of a call share.  A call without time trains nothing and needs no corpus."""
+    if os.environ.get("IN_TURN"):
+        sharing = 1
     corpus = options.corpus
     if options.seconds:
         data_path = os.environ.get("DATA_PATH", tg.Hyperparameters.data_path)
         corpus = corpus_label(corpus, data_path)
     digest = hashlib.sha256((REPO / "train_gpt.py").read_bytes()).hexdigest()[:12]
     today = datetime.date.today().isoformat()
-    return {"corpus": corpus, "code": digest, "hardware": hardware, "date": today}
+    facts = {"corpus": corpus, "code": digest, "hardware": hardware, "date": today}
+    return {**facts, "sharing": sharing}
 
 
 def run(options: argparse.Namespace) -> None:
@@ -450,7 +454,7 @@ def run(options: argparse.Namespace) -> None:
     gpus, hardware = ablate.gpus_of(os.environ)
     slots = [gpus[i % len(gpus)] for i in range(options.workers)]
     sharing = math.ceil(options.workers / len(gpus))
-    facts = facts_of_call(options, hardware, tg) | {"sharing": sharing}
+    facts = facts_of_call(options, hardware, tg, sharing)
     if options.seconds:
         check_corpus(facts["corpus"], records)
     files = [path for path in (options.rows, options.out) if path]

@@ -1,11 +1,13 @@
 """bench/ablate.py: what is asked for is run, and every run leaves a row."""
 
+import fcntl
 import os
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -406,6 +408,40 @@ def test_runs_at_the_same_time_have_a_gpu_each(
     assert sorted(names) == ["a", "b", "c", "d"] and sorted(gpus) == ["0", "0", "1", "1"]
     assert {gpu for name, gpu in used if name in "ab"} == {"0", "1"}
     assert (tmp_path / "TABLE.md").read_text().count("| 72.2 | 3 |") == 4
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_run_warms_up_at_once_and_trains_when_the_other_has(
+    fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events = []
+    warm = threading.Event()
+
+    def train(trainer: Any) -> None:
+        trainer.warm_up(None)
+        events.append("train")
+        if fails:
+            raise tg.RunError("loss is nan")
+
+    def run() -> None:
+        with suppress(tg.RunError):
+            tg.train(trainer)
+
+    trainer = tg.Trainer.__new__(tg.Trainer)
+    monkeypatch.setattr(tg.Trainer, "warm_up", lambda *_: warm.set())
+    monkeypatch.setattr(tg, "train", train)
+    ablate.take_turns(tmp_path / "lock")
+    this = threading.Thread(target=run)
+    with (tmp_path / "lock").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        this.start()
+        assert warm.wait(60)
+        time.sleep(0.2)
+        assert events == []  # not yet
+        fcntl.flock(other, fcntl.LOCK_UN)
+        this.join(60)
+        assert events == ["train"]
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)  # it has given way
 
 
 def test_sigterm_keeps_the_row_under_way_and_starts_no_other(small: Path) -> None:

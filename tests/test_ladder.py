@@ -265,8 +265,10 @@ def test_a_call_writes_rows_to_both_files_and_then_goes_on(
 
     ladder.main(call)
     assert len(asked) == 4
-    ladder.main([*call, "--again"])
+    monkeypatch.setenv("IN_TURN", "1")
+    ladder.main([*call, "--again", "--workers", "3"])
     assert asked[4:] == ["A MUON_MOMENTUM=0.985"]
+    assert ladder.read_records(rows)[-1]["sharing"] == 1, "no two train at once"
 
 
 def test_a_setting_in_the_environment_is_refused() -> None:
