@@ -87,6 +87,7 @@ BASE = {
     "ROPE_DIMS": "32",
     "NUM_HEADS": "4",
     "NUM_KV_HEADS": "2",
+    "XSA_LAYERS": "4",
     "MLP_SLOPE": "0.5",
     "SWA_THRESHOLD": "0.2",
     "QAT_THRESHOLD": "0.15",
@@ -204,6 +205,11 @@ DESIGN = [
     Row("D", "SWA_THRESHOLD=0.1", 0.0002, "averaging gains 0.0006 at P-time"),
     Row("D", "QAT_THRESHOLD=0.3", 0.001, "+0.0017 after 350 steps, packed"),
     Row("D", "QAT_THRESHOLD=0", -0.001, "rounding costs the float model"),
+    # Candidates, at equal steps: at equal time each takes or leaves 0.0008 a percent of the step
+    Row("D", "ON=mudd", -0.004, "published -0.0044; + 3 % a step"),
+    Row("D", "XSA_LAYERS=11", -0.002, "+0.0008 after 350 steps; published -0.0016; + 4 %"),
+    Row("D", "ON=lanes", -0.002, "published -0.0027; + 2 % a step"),
+    Row("D", "ON=loops", -0.004, "published -0.002 to -0.003 at equal time; + 13 % a step"),
     # The far ends, which also test what the rest extrapolates
     Row("F", "", 0, "base"),
     Row("F", "MUON_MOMENTUM=0.97", 0, "towards the full batch"),

@@ -15,6 +15,7 @@ sys.path.insert(0, str(REPO / "bench"))
 import ladder
 
 import ablate
+import candidates
 
 NOISE = 0.0004
 FACTS = {"corpus": "larger 254.5M+3.1M", "code": "0123", "hardware": "H100", "sharing": 1}
@@ -60,13 +61,13 @@ def test_the_first_19_rows_take_31_200_steps_of_one_rank() -> None:
 
 @pytest.mark.parametrize("row", ladder.DESIGN, ids=lambda row: row.id)
 def test_every_row_is_one_that_the_program_takes(row: ladder.Row) -> None:
-    settings = {key: value for key, value in row.variant.overrides.items() if key != "OFF"}
-    h = train_gpt.Hyperparameters.from_env(settings)
+    ablate.check(row.variant)
+    h = train_gpt.Hyperparameters.from_env(row.variant.overrides)
     assert (h.train_batch_tokens, h.iterations) == row.size
     assert h.max_wallclock_seconds == h.eval_stride == h.val_loss_every == 0
-    assert set(row.variant.off) <= ablate.TECHNIQUES.keys()
     for key, value in row.overrides.items():
-        assert key == "OFF" or ladder.BASE[key] != value, f"{key} changes nothing"
+        assert ladder.BASE.get(key) != value, f"{key} changes nothing"
+        assert key in {"OFF", "ON", *candidates.OPTIONS, *ladder.BASE}, f"{key} is not pinned"
 
 
 @pytest.mark.parametrize("name", ladder.SCALES)
