@@ -3,6 +3,7 @@
 torchrun --standalone --nproc_per_node=N tests/test_candidates.py OUT.pt     (the part of one rank)
 """
 
+import itertools
 import math
 import os
 import sys
@@ -32,12 +33,14 @@ from torch import Tensor
 sys.path.insert(0, str(REPO / "bench"))
 import ablate  # noqa: E402
 import candidates  # noqa: E402
-from candidates import Lanes, Loops, Mudd  # noqa: E402
+from candidates import Bare, Context, Lanes, Loops, Mudd  # noqa: E402
 
 LOOPS = Loops(loop_first=1, loop_last=2)  # of the tiny model's 4 layers, 2 in each half
 LANES = Lanes(lane_layers=2)
 MUDD = Mudd(mudd_layers=2, mudd_states=(0, 1))
-ALL = [LOOPS, LANES, MUDD]
+CONTEXT = Context(context_lengths=(16,))  # of 32
+BARE = Bare(bare_layers=(1,))
+ALL = [LOOPS, LANES, MUDD, CONTEXT, BARE]
 Install = Callable[..., None]
 
 
@@ -67,10 +70,11 @@ Weights = Mapping[str, Tensor]
 
 
 class Reference:
-    """The plain parts of the tiny model, in float64."""
+    """The plain parts of the tiny model, in float64; layers `bare` have no attention."""
 
-    def __init__(self, h: tg.Hyperparameters, w: Weights, inputs: Tensor):
+    def __init__(self, h: tg.Hyperparameters, w: Weights, inputs: Tensor, bare: Sequence[int] = ()):
         self.h = h
+        self.bare = bare
         self.half = h.num_layers // 2
         x = tg.rms_norm(w["tok_emb"][inputs])
         self.embedded = tg.smear(x, w["smear_gate"], w["smear_token"], inputs)
@@ -88,6 +92,8 @@ class Reference:
 
     def attention(self, w: Weights, x: Tensor, number: int, to_values: Any = 0.0) -> Tensor:
         """`to_values` is added to what V is made from."""
+        if number in self.bare:
+            return torch.zeros_like(x)
         h = self.h
         layers = h.num_layers
         seen = tg.rms_norm(x) / math.sqrt(number + 1)
@@ -190,14 +196,20 @@ def test_a_shared_weights_gradient_is_the_sum_over_its_passes(install: Install) 
     assert all(gradient is not None and gradient[1].any() for gradient in both)
 
 
+def context_of(trainer: tg.Trainer) -> int:
+    return getattr(trainer.model, "context", trainer.h.train_seq_len)
+
+
 @pytest.fixture
 def orders(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
-    """Number of layers in every training step and every score from now on; no warm-up."""
-    seen: dict[str, list[int]] = {"steps": [], "scores": []}
+    """Number of layers in every training step and every score from now on, and tokens of a
+    window in every step; no warm-up."""
+    seen: dict[str, list[int]] = {"steps": [], "contexts": [], "scores": []}
     step, score = tg.Trainer.train_step, tg.Evaluator.score
 
     def counted_step(trainer: tg.Trainer, *args: Any, **options: Any) -> Tensor:
         seen["steps"].append(len(trainer.model.plan))
+        seen["contexts"].append(context_of(trainer))
         return step(trainer, *args, **options)
 
     def counted_score(evaluator: tg.Evaluator, model: tg.GPT, *rest: Any) -> tg.Score:
@@ -210,17 +222,23 @@ def orders(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
     return seen
 
 
-@pytest.mark.parametrize("bound", ["steps", "time"])
-def test_loops_begin_at_a_progress_whatever_bounds_the_run(
-    bound: str, tmp_path: Path, install: Install, orders: dict[str, list[int]],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+@pytest.fixture(params=["steps", "time"])
+def length(
+    request: pytest.FixtureRequest, orders: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
+) -> dict[str, Any]:
+    """Settings of a run of 10 steps, or of as many as its time allows, which is one fewer or so."""
     clock = FakeClock()
     monkeypatch.setattr(tg, "time", clock)
     monkeypatch.setattr(tg.Trainer, "train_step", clock.slow(tg.Trainer.train_step, 0.1))
+    if request.param == "steps":
+        return dict(iterations=10)
+    return dict(iterations=10**6, max_wallclock_seconds=1.0)
+
+
+def test_loops_begin_at_a_progress_whatever_bounds_the_run(
+    length: dict[str, Any], tmp_path: Path, install: Install, orders: dict[str, list[int]]
+) -> None:
     install(LOOPS)
-    length = dict(iterations=10) if bound == "steps" else dict(
-        iterations=10**6, max_wallclock_seconds=1.0)  # fmt: skip
     run = Run(tiny(val_loss_every=2, **length), tmp_path)
     steps = orders["steps"]
     assert len(steps) >= 8 and steps == [4] * 4 + [6] * (len(steps) - 4), "of 0.4 of the run on"
@@ -261,25 +279,47 @@ def fake_capture(function: Callable[..., Any], *held: Tensor) -> Callable[..., A
     return replay
 
 
-def test_graphs_of_one_order_are_not_used_for_the_other(
-    tmp_path: Path, install: Install, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("added", "kinds"),
+    [([LOOPS], 2), ([CONTEXT], 2), ([LOOPS, CONTEXT], 4), ([CONTEXT, LOOPS], 4)],
+    ids=["loops", "context", "loops, context", "context, loops"],
+)
+def test_graphs_of_one_order_or_length_are_not_used_for_another(
+    added: list[Any], kinds: int, tmp_path: Path, install: Install, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Captured, the update reads gradients from where the graph of its own order left them."""
+    """Captured, the update reads gradients from where the graph of its own kind left them."""
     h = tiny(iterations=8, warmdown_fraction=1.0, qat_threshold=0.4)
-    install(LOOPS)
+    install(*added)
     plain = Run(h, tmp_path / "plain")
-    monkeypatch.setattr(tg, "capture", fake_capture)
     steps = tg.Trainer.warm_up_steps
+    replayed = set()
 
     def on_cuda(trainer: tg.Trainer, generator: torch.Generator) -> None:
+        def kind() -> tuple[int, int]:
+            return len(trainer.model.plan), context_of(trainer)
+
+        def capture(function: Callable[..., Any], *held: Tensor) -> Callable[..., Any]:
+            captured = kind()
+            replay = fake_capture(function, *held)
+
+            def of_its_kind(*arguments: Tensor) -> Any:
+                assert kind() == captured
+                replayed.add(captured)
+                return replay(*arguments)
+
+            return of_its_kind
+
         with monkeypatch.context() as patch:
             patch.setattr(tg.Runtime, "on_cuda", True)
+            patch.setattr(tg, "capture", capture)
             steps(trainer, generator)
 
     monkeypatch.setattr(tg.Trainer, "warm_up_steps", on_cuda)
     run = Run(h, tmp_path / "graphs")
-    assert len(run.trainer.graphs) == 2
-    for graphs in run.trainer.graphs.values():
+    by_context = getattr(run.trainer, "graphs_by_context", {0: run.trainer.graphs})
+    warm = [graphs for by_order in by_context.values() for graphs in by_order.values()]
+    assert len(warm) == len(replayed) == kinds
+    for graphs in warm:
         assert graphs.gradients and graphs.update and graphs.update_late_qat
     assert run.facts.qat_steps >= 2
     for name, weight in plain.stages["trained"].items():
@@ -364,6 +404,143 @@ def test_mixing_costs_so_many_weights_without_a_grid(install: Install) -> None:
     assert tg.export_grids(h) == grids
 
 
+# Shorter windows at first
+
+
+@pytest.mark.parametrize(
+    "added",
+    [[CONTEXT], [LANES, MUDD, CONTEXT, BARE], [CONTEXT, BARE, MUDD, LANES]],
+    ids=["alone", "last", "first"],
+)
+def test_shorter_windows_are_trained_on_as_if_each_were_alone(
+    added: list[Any], install: Install
+) -> None:
+    h = tiny()
+    install(*added)
+    model = tiny_model(h, torch.float64)
+    inputs, targets = batch(h)
+    windows = [(row, slice(t, t + 8)) for row in (0, 1) for t in range(0, 32, 8)]
+
+    def with_gradients(loss: Tensor) -> list[Tensor]:
+        return [loss, *torch.autograd.grad(loss, list(model.parameters()))]
+
+    with in_float64():
+        whole = model.mean_loss(inputs, targets)
+        alone = [model.mean_loss(inputs[None, r, t], targets[None, r, t]) for r, t in windows]
+        expected = with_gradients(torch.stack(alone).mean())
+        model.context = 8
+        found = with_gradients(model.mean_loss(inputs, targets))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+    assert abs(whole - found[0]) > 1e-3, "a window of full length has the same loss"
+
+
+def test_no_window_changes_a_loss_of_another(install: Install) -> None:
+    h = tiny()
+    install(CONTEXT)
+    model = tiny_model(h, torch.float64)
+    model.kernels = model.kernels._replace(mean_loss=tg.token_losses)  # without the mean
+    model.context = 16
+    inputs, targets = batch(h)
+    with in_float64(), torch.no_grad():
+        before = model.mean_loss(inputs, targets)
+        assert before.shape == (4, 16)
+        for t in range(h.train_seq_len):
+            changed = inputs.clone()
+            changed[0, t] = 2 if inputs[0, t] != 2 else 3
+            moved = (model.mean_loss(changed, targets) - before).abs() > 1e-12
+            assert moved.any(1).tolist() == [t < 16, t >= 16, False, False]
+
+
+def test_windows_grow_at_a_progress_whatever_bounds_the_run(
+    length: dict[str, Any], tmp_path: Path, install: Install, orders: dict[str, list[int]]
+) -> None:
+    install(Context(context_lengths=(8, 16), context_until=0.6))
+    run = Run(tiny(**length), tmp_path)
+    contexts = orders["contexts"]
+    assert len(contexts) >= 8
+    assert contexts == [8] * 3 + [16] * 3 + [32] * (len(contexts) - 6)
+    changes = [line for line in run.lines if line.startswith("context:")]
+    assert [change[:-2] for change in changes] == [
+        "context:16 step:4 progress:0.30",
+        "context:32 step:7 progress:0.60",
+    ]
+    fresh = tg.load_model(run.trainer.h, cpu_runtime(), run.stages["trained"], tg.Kernels())
+    assert not hasattr(fresh, "context"), "what is scored at the end"
+
+
+def test_lengths_take_equal_parts_of_the_run() -> None:
+    h = tg.Hyperparameters()
+    context = Context(context_lengths=(256, 512, 1024), context_until=0.75)
+    expected = {0.0: 256, 0.24: 256, 0.25: 512, 0.49: 512, 0.5: 1024, 0.74: 1024, 0.75: 2048}
+    assert {progress: context.length_at(progress, h) for progress in expected} == expected
+    assert Context(context_until=1.0).length_at(0.999, h) == 1024
+
+
+# Layers without attention
+
+
+@pytest.mark.parametrize("layers", [(1,), (0, 2), (3,)])
+def test_a_bare_layer_adds_its_mlp_alone(layers: tuple[int, ...], install: Install) -> None:
+    """Layers 2 and 3 have the value embedding and XSA."""
+    h = tiny()
+    install(Bare(layers))
+    model = tiny_model(h, torch.float64)
+    w = weights_of(model)
+    inputs, targets = batch(h)
+    with in_float64():
+        with torch.no_grad():
+            reference = Reference(h, w, inputs, bare=layers)
+            x = reference.embedded
+            for number in range(4):
+                x = reference.layer(w, x, number)
+            torch.testing.assert_close(model.final_hidden(inputs), x, rtol=0, atol=1e-9)
+        model.mean_loss(inputs, targets).backward()
+    for name in ("qo_bank", "kv_bank", "attn_scale", "q_gain", "attn_gate"):
+        gradient = model.get_parameter(name).grad
+        assert gradient is not None
+        moves = gradient.flatten(1).any(1).tolist()  # by layer, of a bank once for each role
+        assert moves == [number not in layers for number in range(4)] * (len(moves) // 4), name
+    assert model.ve_scale.grad.ne(0).tolist() == [number not in layers for number in (2, 3)]
+
+
+def test_decay_alone_moves_weights_that_no_layer_reads(install: Install) -> None:
+    h = tiny()
+    install(BARE)
+    trainer = new_trainer(h)
+    masters = trainer.optimizer.masters()
+    rows = [1, h.num_layers + 1]
+    masters["qo_bank"][rows] = 0.5
+    masters["attn_scale"][1] = 0.5
+    tokens = torch.randint(h.vocab_size, (8, 33), generator=torch.Generator().manual_seed(0))
+    for _ in range(3):
+        assert trainer.train_step(tokens, 1.0, 0.25).isfinite()
+    assert all(master.isfinite().all() for master in masters.values())
+    for name, index, lr in (("qo_bank", rows, h.matrix_lr), ("attn_scale", [1], h.scalar_lr)):
+        kept = masters[name][index]
+        torch.testing.assert_close(kept, torch.full_like(kept, 0.5 * (1 - 0.25 * lr) ** 3))
+
+
+def test_what_a_bare_layer_leaves_unread_takes_no_bytes(tmp_path: Path, install: Install) -> None:
+    """Zeros at the start, which late QAT and packing leave as they are."""
+    h = tiny(warmdown_fraction=1.0, qat_threshold=0.5)
+    before = tg.initial_weights(h)
+    install(BARE)
+    start = tg.initial_weights(h)
+    run = Run(h, tmp_path)
+    assert run.facts.qat_steps > 0
+    for weights in (start, run.stages["trained"]):
+        for name in ("qo_bank", "kv_bank"):
+            assert not weights[name][[1, h.num_layers + 1]].any(), name
+    others = [0, 2, 3]
+    for name, weight in before.items():
+        same = torch.equal(start[name], weight)
+        banks = name in ("qo_bank", "kv_bank")
+        assert same or (banks and torch.equal(start[name][others], weight[others])), name
+    sizes = [len(tg.pack(weights, h, 1e-2)) for weights in (before, start)]
+    weights = 32 * 32 + 2 * 16 * 32  # q, k and v; o starts at zero anyway
+    assert sizes[0] - sizes[1] > weights * 5 / 8, "more than 5 bits a weight"
+
+
 # All of them
 
 
@@ -378,7 +555,7 @@ def test_together_each_does_what_it_does_alone(added: list[Any], install: Instal
     inputs, _ = batch(h)
     order = [0, 1, 2, 1, 2, 3]
     with in_float64(), torch.no_grad():
-        reference = Reference(h, w, inputs)
+        reference = Reference(h, w, inputs, BARE.bare_layers)
         lanes = [reference.embedded] * 2
         for i, number in enumerate(order):
             skips = number not in order[i + 1 :]
@@ -396,11 +573,16 @@ def test_together_each_does_what_it_does_alone(added: list[Any], install: Instal
         torch.testing.assert_close(model.final_hidden(inputs), expected, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("added", [[MUDD], [LANES], [LOOPS]], ids=["mudd", "lanes", "loops"])
+@pytest.mark.parametrize(
+    "added", [[MUDD], [LANES], [LOOPS], [CONTEXT]], ids=["mudd", "lanes", "loops", "context"]
+)
 def test_an_untrained_model_with_a_candidate_is_that_without(
     added: list[Any], install: Install
 ) -> None:
-    """Mixing starts at zero beside any weights; the others need blocks that are the identity."""
+    """Mixing starts at zero beside any weights; lanes need blocks that are the identity.
+
+    The trainer's model scores without loops at first, and at full length always.
+    """
     h = tiny()
     weights = tg.initial_weights(h) if added == [LANES] else tiny_weights(h)
     inputs, targets = batch(h)
@@ -409,7 +591,7 @@ def test_an_untrained_model_with_a_candidate_is_that_without(
     install(*added)
     start = tg.initial_weights(h)
     assert all(torch.equal(start[name], weight) for name, weight in before.items())
-    if added == [LOOPS]:  # the trainer's model has no loops yet
+    if added in ([LOOPS], [CONTEXT]):
         trainer = new_trainer(h)
         model = trainer.model
         model.load_state_dict(weights)
@@ -451,9 +633,9 @@ def test_every_parameter_is_trained(install: Install) -> None:
 def test_no_graph_is_compiled_on_the_clock(
     tmp_path: Path, install: Install, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With validations before and after the loops begin, and late QAT."""
+    """With validations before and after the loops begin and the windows grow, and late QAT."""
     h = tiny(**SCHEDULED | dict(val_loss_every=2, eval_stride=0))
-    install(Loops(0, 0), Lanes(1), Mudd(1, (0,)))
+    install(Loops(0, 0), Lanes(1), Mudd(1, (0,)), CONTEXT, Bare((0,)))
     plain = Run(h, tmp_path / "plain")
     warm_up = tg.Trainer.warm_up
     with ExitStack() as stack:
@@ -466,30 +648,34 @@ def test_no_graph_is_compiled_on_the_clock(
         run = Run(h, tmp_path / "graphs", compiled())
     assert run.trainer.graphs_warmed_up > 0, "nothing was compiled at all"
     assert run.facts.graphs_compiled_on_clock == 0
-    assert any(line.startswith("loops:on step:4") for line in run.lines)
+    for change in ("loops:on step:4 ", "context:32 step:5 "):
+        assert any(line.startswith(change) for line in run.lines)
     assert run.facts.qat_steps >= 2
     losses = [r.facts.final_train_loss for r in (plain, run)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def test_warm_up_leaves_every_state_bit_equal(install: Install) -> None:
+@pytest.mark.parametrize("added", [ALL, ALL[::-1]], ids=["all", "in another order"])
+def test_warm_up_leaves_every_state_bit_equal(added: list[Any], install: Install) -> None:
     h = tiny()
-    install(*ALL)
+    install(*added)
     trainer = new_trainer(h)
-    before, plan = state_of(trainer), trainer.model.plan
-    orders = set()
+    before, plan, graphs = state_of(trainer), trainer.model.plan, trainer.graphs
+    kinds = set()
     inner = trainer.train_step
 
     def recording(*args: Any) -> Tensor:
-        orders.add((len(trainer.model.plan), trainer.optimizer.late_qat.on))
+        late_qat = trainer.optimizer.late_qat.on
+        kinds.add((len(trainer.model.plan), context_of(trainer), late_qat))
         return inner(*args)
 
     trainer.train_step = recording  # type: ignore[method-assign]
     trainer.warm_up(new_evaluator(h, cpu_runtime()))
-    assert orders == {(4, False), (6, False), (4, True), (6, True)}
+    assert kinds == set(itertools.product((4, 6), (16, 32), (False, True)))
     after = state_of(trainer)
     assert [name for name in before if not torch.equal(before[name], after[name])] == []
     assert trainer.model.plan == plan and not trainer.optimizer.late_qat.on
+    assert context_of(trainer) == 16 and trainer.graphs is graphs
 
 
 def test_a_packed_model_comes_back_with_what_was_added(install: Install) -> None:
@@ -511,7 +697,10 @@ def test_a_packed_model_comes_back_with_what_was_added(install: Install) -> None
 
 
 def steps_of(runtime: tg.Runtime) -> dict[str, Tensor]:
-    """Losses of two steps without loops and two with them, and the weights that they leave."""
+    """Losses of two steps without loops and two with them, and the weights that they leave.
+
+    The last step's windows have full length.
+    """
     h = tiny()
     trainer = tg.Trainer(h, runtime, tg.Kernels())
     tokens = torch.randint(h.vocab_size, (8, 33), generator=torch.Generator().manual_seed(0))
@@ -519,6 +708,8 @@ def steps_of(runtime: tg.Runtime) -> dict[str, Tensor]:
     for step in range(4):
         if step == 2:
             trainer.model.plan = tg.layer_plan(h)
+        if step == 3:
+            trainer.model.context = h.train_seq_len
         mine = slice(trainer.rows.start, trainer.rows.stop)
         losses.append(trainer.train_step(tokens[mine], 0.5))
     return trainer.stages()["trained"] | {"losses": torch.stack(losses)}
@@ -538,18 +729,28 @@ def test_two_ranks_train_what_one_does(tmp_path: Path, install: Install) -> None
 
 
 def test_candidates_and_their_options_are_read_from_a_variant() -> None:
-    variant = ablate.parse("x: ON=mudd,loops LOOP_FROM=0.5 MUDD_STATES=2,5 SEED=7 OFF=smear")
-    assert variant.on == [Mudd(mudd_states=(2, 5)), Loops(loop_from=0.5)]
+    variant = ablate.parse(
+        "x: ON=mudd,loops,context,bare LOOP_FROM=0.5 MUDD_STATES=2,5 CONTEXT_LENGTHS=512 "
+        "CONTEXT_UNTIL=1 BARE_LAYERS=0,9 SEED=7 OFF=smear"
+    )
+    ablate.check(variant)
+    assert variant.on == [
+        Mudd(mudd_states=(2, 5)),
+        Loops(loop_from=0.5),
+        Context(context_lengths=(512,), context_until=1.0),
+        Bare(bare_layers=(0, 9)),
+    ]
     assert variant.off == ["smear"]
     assert variant.environment["SEED"] == "7"
-    assert not {"ON", "OFF", "LOOP_FROM", "MUDD_STATES"} & variant.environment.keys()
+    read = {"ON", "OFF", "LOOP_FROM", "MUDD_STATES", "CONTEXT_LENGTHS", "BARE_LAYERS"}
+    assert not read & variant.environment.keys()
     assert ablate.parse("base").on == []
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ("ON=loop", "unknown; choose of loops, lanes, mudd"),
+        ("ON=loop", "unknown; choose of loops, lanes, mudd, context, bare"),
         ("ON=loops,loops", "loops twice"),
         ("ON=loops LOOP_FROM=half", "expected a number; its default is 0.35"),
         ("ON=loops LOOP_FIRST=1.5", "expected a whole number; its default is 3"),
@@ -566,6 +767,20 @@ def test_candidates_and_their_options_are_read_from_a_variant() -> None:
         ("ON=mudd MUDD_LAYERS=11", "expected 1 to 10"),
         ("ON=mudd MUDD_SCALE=0", "above 0"),
         ("ON=mudd,lanes LANE_LAYERS=4", "before layer 7, where the lanes part"),
+        ("ON=context CONTEXT_LENGTHS=", "whole numbers with commas between; its default is 1024"),
+        ("ON=context CONTEXT_LENGTHS=2048", "TRAIN_SEQ_LEN=2048 below it .* 4, .*, 512, 1024$"),
+        ("ON=context CONTEXT_LENGTHS=0", "choose of 1, 2, 4, "),
+        ("ON=context CONTEXT_LENGTHS=768", "expected divisors"),
+        ("ON=context CONTEXT_LENGTHS=1024,512", "that grow"),
+        ("ON=context CONTEXT_LENGTHS=512,512", "that grow"),
+        ("ON=context CONTEXT_UNTIL=0", "leave out ON=context for none"),
+        ("ON=context CONTEXT_UNTIL=1.5", "set it to at most 1"),
+        ("ON=context CONTEXT_UNTIL=nan", "a share of the run above 0"),
+        ("CONTEXT_UNTIL=0.5", "an option of context, which is off"),
+        ("ON=bare BARE_LAYERS=11", "expected layers of 0 to 10"),
+        ("ON=bare BARE_LAYERS=-1", "expected layers of 0 to 10"),
+        ("ON=bare BARE_LAYERS=5,5", "each once; set BARE_LAYERS=5"),
+        ("ON=bare BARE_LAYERS=9,10", "leave out one of 9, 10 or raise VE_LAYERS"),
     ],
 )
 def test_what_cannot_run_is_refused_before_any_run(
@@ -592,12 +807,16 @@ def test_a_run_with_all_candidates_leaves_a_row(
     )
     for name, value in settings.items():
         monkeypatch.setenv(name, str(value))
-    options = "LOOP_FIRST=1 LOOP_LAST=2 LANE_LAYERS=2 MUDD_STATES=0,1"
+    settings_of_all = (
+        "ON=loops,lanes,mudd,context,bare LOOP_FIRST=1 LOOP_LAST=2 LANE_LAYERS=2 MUDD_STATES=0,1 "
+        "CONTEXT_LENGTHS=32 BARE_LAYERS=1"
+    )
     table = tmp_path / "TABLE.md"
-    ablate.main([f"all (-0.01): ON=loops,lanes,mudd {options}"], table)
+    ablate.main([f"all (-0.01): {settings_of_all}"], table)
     (row,) = (line for line in table.read_text().splitlines() if line.startswith("| all"))
-    assert "failed" not in row and f"| ON=loops,lanes,mudd {options} | -0.01 |" in row
-    assert "\nloops:on step:3 " in (tmp_path / "out/all/train.log").read_text()
+    assert "failed" not in row and f"| {settings_of_all} | -0.01 |" in row
+    log = (tmp_path / "out/all/train.log").read_text()
+    assert "\nloops:on step:3 " in log and "\ncontext:64 step:3 " in log
     weights = torch.load(tmp_path / "out/all/final_model.pt", weights_only=True)["stages"]
     assert {"lane_route", "mudd_in"} <= weights["averaged"].keys()
 
