@@ -212,6 +212,11 @@ DESIGN = [
     Row("D", "ON=context", 0.001, "less context seen early; - 6 % a step"),
     Row("D", "ON=bare", 0.002, "one layer's attention less; - 4 % a step"),
     Row("D", f"ON=context {EARLY_512}", 0.003, "no context beyond 512 for a third; - 10 %"),
+    Row("B", "ON=context", -0.001, "D -0.0029; longer forgives"),
+    Row("C", "ON=context", -0.003, "D -0.0029; 800 steps are the start"),
+    Row("D", "ON=context,lanes XSA_LAYERS=11", -0.007, "sum of -0.0029, -0.0027, -0.0033, less"),
+    Row("D", "ON=context CONTEXT_UNTIL=0.8", -0.001, "less time for 2,048"),
+    Row("D", "ON=context CONTEXT_LENGTHS=512", -0.001, "0.5 of the run at 512"),
     Row("D", "ON=lanes", -0.002, "published -0.0027; + 2 % a step"),
     Row("D", "ON=loops", -0.004, "published -0.002 to -0.003 at equal time; + 13 % a step"),
     # The far ends, which also test what the rest extrapolates

@@ -152,7 +152,7 @@ def measure() -> dict[str, Any]:
     losses = torch.no_grad()(runtime.compile(tg.GPT.forward))
 
     def forward() -> Tensor:
-        return trainer.loss(trainer.model, tokens, 1.0)
+        return trainer.loss(trainer.model, tokens, 1.0, h.train_seq_len)
 
     def forward_backward() -> tuple[Tensor, ...]:
         return torch.autograd.grad(forward(), parameters)
