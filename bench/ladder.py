@@ -783,18 +783,21 @@ def effect_of(done: Mapping[str, Record], record: Record, score: str) -> float |
 
 
 def effects_table(done: Mapping[str, Record], score: str, noise: float) -> list[str]:
-    """Measured effect and, in brackets, prediction of every change on every rung."""
+    """Measured effect and, in brackets, prediction of every change on every rung.
+
+    Changes of the design come first, in its order; others had a row there once.
+    """
     rungs = [rung for rung in RUNGS if any(record["rung"] == rung for record in done.values())]
     cells: dict[str, dict[str, str]] = {}
-    for row in DESIGN:
-        record = done.get(row.id)
-        if record is None or not row.changes:
+    for name in dict.fromkeys([row.id for row in DESIGN] + list(done)):
+        record = done.get(name)
+        if record is None or not record["overrides"]:
             continue
         effect = effect_of(done, record, score)
         if effect is not None:
             mark = " ~" if abs(effect) < 2 * math.sqrt(2) * noise else ""
             text = f"{effect:+.4f}{mark} ({record['prediction']:+.4f})"
-            cells.setdefault(row.changes, {})[row.rung] = text
+            cells.setdefault(name.split(" ", 1)[1], {})[record["rung"]] = text
     heads = [f"{rung}: {RUNGS[rung]}" for rung in rungs]
     lines = [f"| change | {' | '.join(heads)} |", "|" + "---|" * (len(rungs) + 1)]
     for changes, by_rung in cells.items():

@@ -494,6 +494,13 @@ def test_an_effect_is_against_the_base_of_its_own_rung() -> None:
     assert table[-1] == "| MATRIX_LR=0.042 |  | +0.0003 ~ (+0.0030) |"
 
 
+def test_a_row_that_left_the_design_keeps_its_effect() -> None:
+    gone = record(row_of("B base")._replace(changes="ON=gone", prediction=-0.001), 1.198)
+    done = ladder.results([record(row_of("B base"), 1.2), gone], "larger")
+    table = ladder.effects_table(done, "averaged", NOISE)
+    assert table[2:] == ["| ON=gone | -0.0020 (-0.0010) |"]
+
+
 def test_two_changes_in_one_row_are_no_point_of_a_curve() -> None:
     done = ladder.results(planted_records(), "larger")
     alone = [
