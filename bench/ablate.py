@@ -10,8 +10,8 @@ Each argument is `name (prediction): KEY=VALUE ...`; the prediction, in packed b
 variant, is part of the row, so that it is made before the run.  OFF=a,b leaves out or replaces
 techniques of the program: the names are those of TECHNIQUES.  ON=a,b adds candidates, which are
 not in the program: bench/candidates.py has their names and options.  The environment holds what all
-variants share (P-steps: ITERATIONS=1600 TRAIN_BATCH_TOKENS=98304 MAX_WALLCLOCK_SECONDS=0;
-P-time: TRAIN_BATCH_TOKENS=98304 MAX_WALLCLOCK_SECONDS=180);
+variants share (P-steps: ITERATIONS=1600 TRAIN_BATCH_TOKENS=98304 MAX_WALLCLOCK_SECONDS=0
+MUON_MOMENTUM=0.95; P-time: TRAIN_BATCH_TOKENS=98304 MAX_WALLCLOCK_SECONDS=180 MUON_MOMENTUM=0.95);
 EVAL_STRIDE=0 leaves out the sliding score; logs and weights are kept if OUTPUT_DIR names a folder
 for them.  Graphs compiled once are found again in Inductor's cache.  Rows are printed and appended
 to docs/ABLATIONS.md, or to the file that the variable TABLE names, in the order of the arguments,
