@@ -3,7 +3,8 @@
     python bench/attention.py [SEQUENCES]        # seconds on one H100; a CPU takes 1 sequence
 
 Shapes are the model's (48 x 2048 tokens, 4 query heads, 2 key/value heads of width 128) unless
-environment variables override the hyperparameters.  The error is the one by which train_gpt.py
+environment variables override the hyperparameters; TRAIN_SEQ_LEN=1024 times the short sequences of
+the first half of a run.  The error is the one by which train_gpt.py
 refuses a kernel: the largest relative one of output and gradients in bfloat16.  TFLOP/s counts the
 causal half: 2 products forward and 5 backward of 2 * B * H * T^2 / 2 * E operations each.
 """
@@ -76,7 +77,7 @@ def row(
 
 
 def main(sequences: int) -> None:
-    h = tg.Hyperparameters.from_env(os.environ)
+    h = tg.Hyperparameters.from_env(os.environ | {"EARLY_FRACTION": "0"})  # one length
     runtime = tg.Runtime.start(h, {})
     candidates = tg.attention_candidates() if runtime.on_cuda else {"sdpa": tg.sdpa()}
     candidates["flex"] = flex(h, runtime)
@@ -91,4 +92,9 @@ def main(sequences: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 48)
+    try:
+        count = sys.argv[1] if len(sys.argv) > 1 else "48"
+        tg.require(count.isdecimal() and int(count) > 0, f"SEQUENCES={count}: expected 1 or more")
+        main(int(count))
+    except tg.RunError as error:
+        sys.exit(f"error: {error}")

@@ -107,3 +107,10 @@ def test_attention_prints_a_row_for_each_kernel() -> None:
     assert name == "sdpa" and 0 < float(error) < 2e-2
     assert 0 < float(forward) < float(both)
     assert flex.startswith("flex ")
+
+
+@pytest.mark.parametrize("count", ["--help", "0"])
+def test_attention_refuses_what_is_no_number_of_sequences(count: str) -> None:
+    done = completed(REPO / "bench/attention.py", count, PRESET="smoke", DEVICE="cpu")
+    assert done.returncode == 1
+    assert done.stderr == f"error: SEQUENCES={count}: expected 1 or more\n"
