@@ -292,7 +292,7 @@ class Hyperparameters:
         self.check_divides("num_kv_heads", "num_heads")
         self.check_divides("train_seq_len", "train_batch_tokens")
         if 0 < self.early_seq_len < self.train_seq_len:
-            self.check_divides("early_seq_len", "train_seq_len")
+            self.check_divides("early_seq_len", "train_seq_len", ", or set 0 for none")
         self.check_at_most("train_seq_len", "micro_batch_tokens")
         self.check_at_most("eval_stride", "train_seq_len")
         self.check_at_most("rope_dims", "head_dim")
@@ -310,10 +310,10 @@ class Hyperparameters:
     def check(self, name: str, holds: bool, remedy: str) -> None:
         require(holds, f"{name.upper()}={getattr(self, name)!r}: {remedy}")
 
-    def check_divides(self, name: str, other: str) -> None:
+    def check_divides(self, name: str, other: str, alternative: str = "") -> None:
         whole = getattr(self, other)
         divides = whole % getattr(self, name) == 0
-        self.check(name, divides, f"must divide {other.upper()}={whole}")
+        self.check(name, divides, f"must divide {other.upper()}={whole}{alternative}")
 
     def check_at_most(self, name: str, other: str) -> None:
         most = getattr(self, other)
@@ -1806,7 +1806,7 @@ def fused_layers_run(h: Hyperparameters, device: torch.device, log: RunLog) -> b
     try:
         require(triton, "Triton is not installed")
         sizes = h.mlp_hidden % 8 == 0 and h.model_dim % 8 == 0 and seq_lens(h)[0] % HEAD_ROWS == 0
-        require(sizes, "a width or TRAIN_SEQ_LEN is no multiple of what a tile needs")
+        require(sizes, "a width or a sequence's length is no multiple of what a tile needs")
         require(h.head_dim & (h.head_dim - 1) == 0, f"a head of {h.head_dim} dims is no power of 2")
         error = fused_error(h, device)
         require(error < 3e-2, f"relative error {error:.1e}")

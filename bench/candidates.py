@@ -4,7 +4,7 @@ bench/ablate.py installs them in a run's own process: ON=loops,mudd and, as furt
 variant, their options, which are the fields of the classes here.  A candidate is a patch of
 train_gpt.py: other values for some attributes.  Each value calls the one that it takes the place
 of, so candidates add up, in any order.  All of a candidate's numbers stay constant within a graph:
-only a change of the model's plan or context asks for another, which the warm-up compiles.
+only a change of the model's plan asks for another, which the warm-up compiles.
 
 What a candidate packs can be scored in its own process alone: train_gpt.py would take the artifact
 for one of its own and leave out what it does not know.  Its lines here are not in the bytes of the
@@ -347,101 +347,6 @@ class Mudd(NamedTuple):
         ]
 
 
-# Shorter windows at first
-
-
-class Context(NamedTuple):
-    """The first part of the run is trained on shorter windows, where attention does less work.
-
-    The (b, T) tokens of a step are then (b T / context, context); steps keep their tokens.
-    Attention's work is proportional to the window: at 2,048 tokens it takes 22.5 of the 72 ms of a
-    step on an H100.  pg#2014 trains its first 10 % at 1,024; windows of modded-nanogpt's records
-    grow too.  Attention, the key shift and SmearGate take nothing from before the shorter window.
-    Validations and scores have windows of full length.
-
-    The MFU in the log counts attention at full length, so it is too high for shorter windows.
-    """
-
-    # Tokens, ascending: they take equal parts of the run up to CONTEXT_UNTIL.  TRAIN_SEQ_LEN
-    # follows them.
-    context_lengths: tuple[int, ...] = (1024,)
-    context_until: float = 0.5  # progress of the run, as `progress_of` defines it
-
-    def check(self, h: tg.Hyperparameters) -> None:
-        divisors = [n for n in range(1, h.train_seq_len) if h.train_seq_len % n == 0]
-        lengths = list(self.context_lengths)
-        require(
-            lengths != [] and lengths == [n for n in divisors if n in lengths],
-            f"CONTEXT_LENGTHS={','.join(map(str, lengths))}: expected divisors of "
-            f"TRAIN_SEQ_LEN={h.train_seq_len} below it that grow; choose of "
-            f"{', '.join(map(str, divisors))}",
-        )
-        require(
-            0 < self.context_until <= 1,
-            f"CONTEXT_UNTIL={self.context_until}: expected a share of the run above 0; set it to "
-            "at most 1, or leave out ON=context for none",
-        )
-
-    def all_lengths(self, h: tg.Hyperparameters) -> tuple[int, ...]:
-        """In the order in which they are in force."""
-        return (*self.context_lengths, h.train_seq_len)
-
-    def length_at(self, progress: float, h: tg.Hyperparameters) -> int:
-        """Tokens of a window in the step before which so much of the run is over."""
-        shorter = len(self.context_lengths)
-        ends = [self.context_until * (i / shorter) for i in range(1, shorter + 1)]
-        return self.all_lengths(h)[sum(progress >= end for end in ends)]
-
-    def replacements(self) -> list[Replacement]:
-        """Only the trainer's model has a `context`; all others have windows as they come.
-
-        The attribute is a guard of the compiler, so each length is a graph of its own, and so are
-        its CUDA graphs: the trainer has a dictionary of them for each length.  The warm-up runs,
-        and on CUDA captures, the steps of all lengths.
-        """
-        mean_loss = tg.GPT.mean_loss
-        new_trainer = tg.Trainer.__init__
-        warm_up_steps = tg.Trainer.warm_up_steps
-        switch_on = tg.switch_on
-
-        def mean_loss_of_windows(model: tg.GPT, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
-            context = getattr(model, "context", inputs_BT.shape[1])
-            return mean_loss(model, inputs_BT.reshape(-1, context), targets_BT.reshape(-1, context))
-
-        def use(trainer: Any, length: int) -> None:
-            trainer.model.context = length
-            trainer.graphs = trainer.graphs_by_context[length]
-
-        def trainer_with_first(trainer: Any, h: tg.Hyperparameters, *rest: Any) -> None:
-            new_trainer(trainer, h, *rest)
-            lengths = self.all_lengths(h)
-            trainer.graphs_by_context = {length: trainer.graphs.copy() for length in lengths}
-            use(trainer, lengths[0])
-
-        def warm_up_steps_of_all(trainer: tg.Trainer, generator: torch.Generator) -> None:
-            lengths = self.all_lengths(trainer.h)
-            for length in lengths:
-                use(trainer, length)
-                warm_up_steps(trainer, generator)
-            use(trainer, lengths[0])
-
-        def switch_context(
-            trainer: tg.Trainer, now: tg.StepPlan, step: int, log: tg.RunLog
-        ) -> None:
-            length = self.length_at(now.progress, trainer.h)
-            if trainer.model.context != length:
-                use(trainer, length)
-                log(f"context:{length} step:{step} progress:{now.progress:.4f}")
-            switch_on(trainer, now, step, log)
-
-        return [
-            Replacement(tg.GPT, "mean_loss", mean_loss_of_windows),
-            Replacement(tg.Trainer, "__init__", trainer_with_first),
-            Replacement(tg.Trainer, "warm_up_steps", warm_up_steps_of_all),
-            Replacement(tg, "switch_on", switch_context),
-        ]
-
-
 # Layers without attention
 
 
@@ -515,7 +420,6 @@ CANDIDATES: dict[str, Any] = {
     "loops": Loops,
     "lanes": Lanes,
     "mudd": Mudd,
-    "context": Context,
     "bare": Bare,
 }
 OPTIONS = {  # variable -> the candidate whose option it is

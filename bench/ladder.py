@@ -91,6 +91,8 @@ BASE = {
     "MLP_SLOPE": "0.5",
     "SWA_THRESHOLD": "0.2",
     "QAT_THRESHOLD": "0.15",
+    "EARLY_SEQ_LEN": "1024",
+    "EARLY_FRACTION": "0",
     "SEED": "1337",
 }
 # What makes a run end at its last step, whatever it shares its GPU with, and scores it plainly.
@@ -127,7 +129,6 @@ class Row(NamedTuple):
 
 HEADS_8X64 = "NUM_HEADS=8 NUM_KV_HEADS=4 ROPE_DIMS=16"
 EMA = "OFF=plain_mean SWA_THRESHOLD=2"
-EARLY_512 = "CONTEXT_LENGTHS=512,1024 CONTEXT_UNTIL=0.7"
 
 # In order of value.
 DESIGN = [
@@ -209,14 +210,7 @@ DESIGN = [
     # Candidates, at equal steps: at equal time each takes or leaves 0.0008 a percent of the step
     Row("D", "ON=mudd", -0.004, "published -0.0044; + 3 % a step"),
     Row("D", "XSA_LAYERS=11", -0.002, "+0.0008 after 350 steps; published -0.0016; + 4 %"),
-    Row("D", "ON=context", 0.001, "less context seen early; - 6 % a step"),
     Row("D", "ON=bare", 0.002, "one layer's attention less; - 4 % a step"),
-    Row("D", f"ON=context {EARLY_512}", 0.003, "no context beyond 512 for a third; - 10 %"),
-    Row("B", "ON=context", -0.001, "D -0.0029; longer forgives"),
-    Row("C", "ON=context", -0.003, "D -0.0029; 800 steps are the start"),
-    Row("D", "ON=context,lanes XSA_LAYERS=11", -0.007, "sum of -0.0029, -0.0027, -0.0033, less"),
-    Row("D", "ON=context CONTEXT_UNTIL=0.8", -0.001, "less time for 2,048"),
-    Row("D", "ON=context CONTEXT_LENGTHS=512", -0.001, "0.5 of the run at 512"),
     Row("D", "ON=lanes", -0.002, "published -0.0027; + 2 % a step"),
     Row("D", "ON=loops", -0.004, "published -0.002 to -0.003 at equal time; + 13 % a step"),
     # The far ends, which also test what the rest extrapolates

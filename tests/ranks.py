@@ -13,7 +13,7 @@ from support import byte_table, in_float64, tiny, tiny_model, train_gpt
 
 PLAIN_STEPS, QAT_STEPS, SEQUENCES = 20, 2, 6  # which 1, 2 and 3 ranks divide
 LAYOUT: dict[str, int] = dict(  # 8 matrices a bank and 1 of ve_proj: padded over 3 ranks
-    train_batch_tokens=SEQUENCES * 32, micro_batch_tokens=SEQUENCES * 32
+    train_batch_tokens=SEQUENCES * 32, micro_batch_tokens=SEQUENCES * 32, early_seq_len=16
 )
 
 
@@ -44,10 +44,12 @@ def results(runtime: train_gpt.Runtime) -> dict[str, Any]:
     optimizer = trainer.optimizer
     local = trainer.layout.local
     mine = slice(runtime.rank * local, (runtime.rank + 1) * local)
-    losses = []
+    losses, lengths = [], []
 
     def step(number: int) -> None:
         tokens = tokens_of(number, h.vocab_size)[mine]
+        trainer.seq_len = train_gpt.seq_len(h, number / PLAIN_STEPS)
+        lengths.append(trainer.seq_len)
         losses.append(float(trainer.train_step(tokens, 0.5)))
 
     def state() -> list[torch.Tensor]:
@@ -59,6 +61,7 @@ def results(runtime: train_gpt.Runtime) -> dict[str, Any]:
         step(number)
         trainer.average.update(optimizer.masters())
     out: dict[str, Any] = {
+        "lengths": lengths,
         "masters": optimizer.gather(optimizer.masters()),
         "averaged": optimizer.gather(trainer.average.mean),
         "working": {n: p.detach().clone() for n, p in trainer.model.named_parameters()},

@@ -27,20 +27,29 @@ from support import (
     tiny_weights,
 )
 from support import train_gpt as tg
-from test_training import SCHEDULED, Run, compiled, new_evaluator, new_trainer, state_of
+from test_training import (
+    SCHEDULED,
+    CapturedRun,
+    Kind,
+    Run,
+    check_alone,
+    compiled,
+    new_evaluator,
+    new_trainer,
+    state_of,
+)
 from torch import Tensor
 
 sys.path.insert(0, str(REPO / "bench"))
 import ablate  # noqa: E402
 import candidates  # noqa: E402
-from candidates import Bare, Context, Lanes, Loops, Mudd  # noqa: E402
+from candidates import Bare, Lanes, Loops, Mudd  # noqa: E402
 
 LOOPS = Loops(loop_first=1, loop_last=2)  # of the tiny model's 4 layers, 2 in each half
 LANES = Lanes(lane_layers=2)
 MUDD = Mudd(mudd_layers=2, mudd_states=(0, 1))
-CONTEXT = Context(context_lengths=(16,))  # of 32
 BARE = Bare(bare_layers=(1,))
-ALL = [LOOPS, LANES, MUDD, CONTEXT, BARE]
+ALL = [LOOPS, LANES, MUDD, BARE]
 Install = Callable[..., None]
 
 
@@ -196,20 +205,14 @@ def test_a_shared_weights_gradient_is_the_sum_over_its_passes(install: Install) 
     assert all(gradient is not None and gradient[1].any() for gradient in both)
 
 
-def context_of(trainer: tg.Trainer) -> int:
-    return getattr(trainer.model, "context", trainer.h.train_seq_len)
-
-
 @pytest.fixture
 def orders(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
-    """Number of layers in every training step and every score from now on, and tokens of a
-    window in every step; no warm-up."""
-    seen: dict[str, list[int]] = {"steps": [], "contexts": [], "scores": []}
+    """Number of layers in every training step and every score from now on; no warm-up."""
+    seen: dict[str, list[int]] = {"steps": [], "scores": []}
     step, score = tg.Trainer.train_step, tg.Evaluator.score
 
     def counted_step(trainer: tg.Trainer, *args: Any, **options: Any) -> Tensor:
         seen["steps"].append(len(trainer.model.plan))
-        seen["contexts"].append(context_of(trainer))
         return step(trainer, *args, **options)
 
     def counted_score(evaluator: tg.Evaluator, model: tg.GPT, *rest: Any) -> tg.Score:
@@ -259,71 +262,25 @@ def test_until_they_begin_a_run_is_the_one_without(tmp_path: Path, install: Inst
     assert not torch.equal(looped["qo_bank"], plain["qo_bank"])
 
 
-def fake_capture(function: Callable[..., Any], *held: Tensor) -> Callable[..., Any]:
-    """A CUDA graph as a CPU can play it: fixed tensors go in and come out.
-
-    Like the capture of one, it leaves no trace of the run that finds out what comes out.
-    """
-    results = function(*held)
-
-    def replay(*arguments: Tensor) -> Any:
-        for tensor, new in zip(held, arguments, strict=True):
-            tensor.copy_(new)
-        new_results = function(*held)
-        if isinstance(new_results, Tensor):
-            return results.copy_(new_results)
-        for result, new in zip(results, new_results, strict=True):
-            result.copy_(new)
-        return results
-
-    return replay
-
-
 @pytest.mark.parametrize(
-    ("added", "kinds"),
-    [([LOOPS], 2), ([CONTEXT], 2), ([LOOPS, CONTEXT], 4), ([CONTEXT, LOOPS], 4)],
-    ids=["loops", "context", "loops, context", "context, loops"],
+    ("early", "lengths", "replayed"),
+    [(0, [32], {(4, 32), (6, 32)}), (16, [16, 32], {(4, 16), (6, 16), (6, 32)})],
 )
-def test_graphs_of_one_order_or_length_are_not_used_for_another(
-    added: list[Any], kinds: int, tmp_path: Path, install: Install, monkeypatch: pytest.MonkeyPatch
+def test_graphs_of_one_order_are_not_used_for_another(
+    early: int,
+    lengths: list[int],
+    replayed: set[Kind],
+    tmp_path: Path,
+    install: Install,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Captured, the update reads gradients from where the graph of its own kind left them."""
-    h = tiny(iterations=8, warmdown_fraction=1.0, qat_threshold=0.4)
-    install(*added)
+    """Nor for another length.  Captured, the update reads gradients from where the graph of its
+    own kind left them."""
+    h = tiny(iterations=8, warmdown_fraction=1.0, qat_threshold=0.4, early_seq_len=early)
+    install(LOOPS)
     plain = Run(h, tmp_path / "plain")
-    steps = tg.Trainer.warm_up_steps
-    replayed = set()
-
-    def on_cuda(trainer: tg.Trainer, generator: torch.Generator) -> None:
-        def kind() -> tuple[int, int]:
-            return len(trainer.model.plan), context_of(trainer)
-
-        def capture(function: Callable[..., Any], *held: Tensor) -> Callable[..., Any]:
-            captured = kind()
-            replay = fake_capture(function, *held)
-
-            def of_its_kind(*arguments: Tensor) -> Any:
-                assert kind() == captured
-                replayed.add(captured)
-                return replay(*arguments)
-
-            return of_its_kind
-
-        with monkeypatch.context() as patch:
-            patch.setattr(tg.Runtime, "on_cuda", True)
-            patch.setattr(tg, "capture", capture)
-            steps(trainer, generator)
-
-    monkeypatch.setattr(tg.Trainer, "warm_up_steps", on_cuda)
-    run = Run(h, tmp_path / "graphs")
-    by_context = getattr(run.trainer, "graphs_by_context", {0: run.trainer.graphs})
-    warm = [graphs for by_order in by_context.values() for graphs in by_order.values()]
-    assert len(warm) == len(replayed) == kinds
-    for graphs in warm:
-        assert graphs.gradients and graphs.update and graphs.update_late_qat
-    assert run.facts.qat_steps >= 2
-    for name, weight in plain.stages["trained"].items():
-        torch.testing.assert_close(run.stages["trained"][name], weight, msg=name)
+    run = CapturedRun(h, tmp_path / "graphs", monkeypatch)
+    run.check(plain, set(itertools.product((4, 6), lengths)), replayed)
 
 
 # Lanes
@@ -402,78 +359,6 @@ def test_mixing_costs_so_many_weights_without_a_grid(install: Install) -> None:
     install(Mudd())
     assert h.parameters() - before == 2 * (64 * 512 + 8 * 64 + 8)
     assert tg.export_grids(h) == grids
-
-
-# Shorter windows at first
-
-
-@pytest.mark.parametrize(
-    "added",
-    [[CONTEXT], [LANES, MUDD, CONTEXT, BARE], [CONTEXT, BARE, MUDD, LANES]],
-    ids=["alone", "last", "first"],
-)
-def test_shorter_windows_are_trained_on_as_if_each_were_alone(
-    added: list[Any], install: Install
-) -> None:
-    h = tiny()
-    install(*added)
-    model = tiny_model(h, torch.float64)
-    inputs, targets = batch(h)
-    windows = [(row, slice(t, t + 8)) for row in (0, 1) for t in range(0, 32, 8)]
-
-    def with_gradients(loss: Tensor) -> list[Tensor]:
-        return [loss, *torch.autograd.grad(loss, list(model.parameters()))]
-
-    with in_float64():
-        whole = model.mean_loss(inputs, targets)
-        alone = [model.mean_loss(inputs[None, r, t], targets[None, r, t]) for r, t in windows]
-        expected = with_gradients(torch.stack(alone).mean())
-        model.context = 8
-        found = with_gradients(model.mean_loss(inputs, targets))
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
-    assert abs(whole - found[0]) > 1e-3, "a window of full length has the same loss"
-
-
-def test_no_window_changes_a_loss_of_another(install: Install) -> None:
-    h = tiny()
-    install(CONTEXT)
-    model = tiny_model(h, torch.float64)
-    model.kernels = model.kernels._replace(mean_loss=tg.token_losses)  # without the mean
-    model.context = 16
-    inputs, targets = batch(h)
-    with in_float64(), torch.no_grad():
-        before = model.mean_loss(inputs, targets)
-        assert before.shape == (4, 16)
-        for t in range(h.train_seq_len):
-            changed = inputs.clone()
-            changed[0, t] = 2 if inputs[0, t] != 2 else 3
-            moved = (model.mean_loss(changed, targets) - before).abs() > 1e-12
-            assert moved.any(1).tolist() == [t < 16, t >= 16, False, False]
-
-
-def test_windows_grow_at_a_progress_whatever_bounds_the_run(
-    length: dict[str, Any], tmp_path: Path, install: Install, orders: dict[str, list[int]]
-) -> None:
-    install(Context(context_lengths=(8, 16), context_until=0.6))
-    run = Run(tiny(**length), tmp_path)
-    contexts = orders["contexts"]
-    assert len(contexts) >= 8
-    assert contexts == [8] * 3 + [16] * 3 + [32] * (len(contexts) - 6)
-    changes = [line for line in run.lines if line.startswith("context:")]
-    assert [change[:-2] for change in changes] == [
-        "context:16 step:4 progress:0.30",
-        "context:32 step:7 progress:0.60",
-    ]
-    fresh = tg.load_model(run.trainer.h, cpu_runtime(), run.stages["trained"], tg.Kernels())
-    assert not hasattr(fresh, "context"), "what is scored at the end"
-
-
-def test_lengths_take_equal_parts_of_the_run() -> None:
-    h = tg.Hyperparameters()
-    context = Context(context_lengths=(256, 512, 1024), context_until=0.75)
-    expected = {0.0: 256, 0.24: 256, 0.25: 512, 0.49: 512, 0.5: 1024, 0.74: 1024, 0.75: 2048}
-    assert {progress: context.length_at(progress, h) for progress in expected} == expected
-    assert Context(context_until=1.0).length_at(0.999, h) == 1024
 
 
 # Layers without attention
@@ -573,15 +458,13 @@ def test_together_each_does_what_it_does_alone(added: list[Any], install: Instal
         torch.testing.assert_close(model.final_hidden(inputs), expected, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize(
-    "added", [[MUDD], [LANES], [LOOPS], [CONTEXT]], ids=["mudd", "lanes", "loops", "context"]
-)
+@pytest.mark.parametrize("added", [[MUDD], [LANES], [LOOPS]], ids=["mudd", "lanes", "loops"])
 def test_an_untrained_model_with_a_candidate_is_that_without(
     added: list[Any], install: Install
 ) -> None:
     """Mixing starts at zero beside any weights; lanes need blocks that are the identity.
 
-    The trainer's model scores without loops at first, and at full length always.
+    The trainer's model scores without loops at first.
     """
     h = tiny()
     weights = tg.initial_weights(h) if added == [LANES] else tiny_weights(h)
@@ -591,13 +474,18 @@ def test_an_untrained_model_with_a_candidate_is_that_without(
     install(*added)
     start = tg.initial_weights(h)
     assert all(torch.equal(start[name], weight) for name, weight in before.items())
-    if added in ([LOOPS], [CONTEXT]):
-        trainer = new_trainer(h)
-        model = trainer.model
+    if added == [LOOPS]:
+        model = new_trainer(h).model
         model.load_state_dict(weights)
     else:
         model = tg.GPT(h, {**start, **weights}, tg.Kernels())
     torch.testing.assert_close(model(inputs, targets), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("added", [ALL, ALL[::-1]], ids=["all", "in another order"])
+def test_short_sequences_stay_alone(added: list[Any], install: Install) -> None:
+    install(*added)
+    check_alone(tiny_model(tiny(), torch.float64), 8)
 
 
 @pytest.mark.parametrize("added", [[LANES], [MUDD], ALL], ids=["lanes", "mudd", "all"])
@@ -633,9 +521,9 @@ def test_every_parameter_is_trained(install: Install) -> None:
 def test_no_graph_is_compiled_on_the_clock(
     tmp_path: Path, install: Install, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With validations before and after the loops begin and the windows grow, and late QAT."""
-    h = tiny(**SCHEDULED | dict(val_loss_every=2, eval_stride=0))
-    install(Loops(0, 0), Lanes(1), Mudd(1, (0,)), CONTEXT, Bare((0,)))
+    """With validations before and after the loops begin and the sequences grow, and late QAT."""
+    h = tiny(**SCHEDULED | dict(val_loss_every=2, eval_stride=0, early_seq_len=16))
+    install(Loops(0, 0), Lanes(1), Mudd(1, (0,)), Bare((0,)))
     plain = Run(h, tmp_path / "plain")
     warm_up = tg.Trainer.warm_up
     with ExitStack() as stack:
@@ -648,7 +536,7 @@ def test_no_graph_is_compiled_on_the_clock(
         run = Run(h, tmp_path / "graphs", compiled())
     assert run.trainer.graphs_warmed_up > 0, "nothing was compiled at all"
     assert run.facts.graphs_compiled_on_clock == 0
-    for change in ("loops:on step:4 ", "context:32 step:5 "):
+    for change in ("loops:on step:4 ", "sequence_length:32 step:5 "):
         assert any(line.startswith(change) for line in run.lines)
     assert run.facts.qat_steps >= 2
     losses = [r.facts.final_train_loss for r in (plain, run)]
@@ -657,16 +545,16 @@ def test_no_graph_is_compiled_on_the_clock(
 
 @pytest.mark.parametrize("added", [ALL, ALL[::-1]], ids=["all", "in another order"])
 def test_warm_up_leaves_every_state_bit_equal(added: list[Any], install: Install) -> None:
-    h = tiny()
+    h = tiny(early_seq_len=16)
     install(*added)
     trainer = new_trainer(h)
-    before, plan, graphs = state_of(trainer), trainer.model.plan, trainer.graphs
+    before, plan = state_of(trainer), trainer.model.plan
     kinds = set()
     inner = trainer.train_step
 
     def recording(*args: Any) -> Tensor:
         late_qat = trainer.optimizer.late_qat.on
-        kinds.add((len(trainer.model.plan), context_of(trainer), late_qat))
+        kinds.add((len(trainer.model.plan), trainer.seq_len, late_qat))
         return inner(*args)
 
     trainer.train_step = recording  # type: ignore[method-assign]
@@ -675,7 +563,7 @@ def test_warm_up_leaves_every_state_bit_equal(added: list[Any], install: Install
     after = state_of(trainer)
     assert [name for name in before if not torch.equal(before[name], after[name])] == []
     assert trainer.model.plan == plan and not trainer.optimizer.late_qat.on
-    assert context_of(trainer) == 16 and trainer.graphs is graphs
+    assert trainer.seq_len == 32
 
 
 def test_a_packed_model_comes_back_with_what_was_added(install: Install) -> None:
@@ -699,7 +587,7 @@ def test_a_packed_model_comes_back_with_what_was_added(install: Install) -> None
 def steps_of(runtime: tg.Runtime) -> dict[str, Tensor]:
     """Losses of two steps without loops and two with them, and the weights that they leave.
 
-    The last step's windows have full length.
+    All but the last step's sequences are short.
     """
     h = tiny()
     trainer = tg.Trainer(h, runtime, tg.Kernels())
@@ -708,8 +596,7 @@ def steps_of(runtime: tg.Runtime) -> dict[str, Tensor]:
     for step in range(4):
         if step == 2:
             trainer.model.plan = tg.layer_plan(h)
-        if step == 3:
-            trainer.model.context = h.train_seq_len
+        trainer.seq_len = 16 if step < 3 else 32
         mine = slice(trainer.rows.start, trainer.rows.stop)
         losses.append(trainer.train_step(tokens[mine], 0.5))
     return trainer.stages()["trained"] | {"losses": torch.stack(losses)}
@@ -730,19 +617,17 @@ def test_two_ranks_train_what_one_does(tmp_path: Path, install: Install) -> None
 
 def test_candidates_and_their_options_are_read_from_a_variant() -> None:
     variant = ablate.parse(
-        "x: ON=mudd,loops,context,bare LOOP_FROM=0.5 MUDD_STATES=2,5 CONTEXT_LENGTHS=512 "
-        "CONTEXT_UNTIL=1 BARE_LAYERS=0,9 SEED=7 OFF=smear"
+        "x: ON=mudd,loops,bare LOOP_FROM=0.5 MUDD_STATES=2,5 BARE_LAYERS=0,9 SEED=7 OFF=smear"
     )
     ablate.check(variant)
     assert variant.on == [
         Mudd(mudd_states=(2, 5)),
         Loops(loop_from=0.5),
-        Context(context_lengths=(512,), context_until=1.0),
         Bare(bare_layers=(0, 9)),
     ]
     assert variant.off == ["smear"]
     assert variant.environment["SEED"] == "7"
-    read = {"ON", "OFF", "LOOP_FROM", "MUDD_STATES", "CONTEXT_LENGTHS", "BARE_LAYERS"}
+    read = {"ON", "OFF", "LOOP_FROM", "MUDD_STATES", "BARE_LAYERS"}
     assert not read & variant.environment.keys()
     assert ablate.parse("base").on == []
 
@@ -750,7 +635,7 @@ def test_candidates_and_their_options_are_read_from_a_variant() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ("ON=loop", "unknown; choose of loops, lanes, mudd, context, bare"),
+        ("ON=loop", "unknown; choose of loops, lanes, mudd, bare"),
         ("ON=loops,loops", "loops twice"),
         ("ON=loops LOOP_FROM=half", "expected a number; its default is 0.35"),
         ("ON=loops LOOP_FIRST=1.5", "expected a whole number; its default is 3"),
@@ -767,16 +652,6 @@ def test_candidates_and_their_options_are_read_from_a_variant() -> None:
         ("ON=mudd MUDD_LAYERS=11", "expected 1 to 10"),
         ("ON=mudd MUDD_SCALE=0", "above 0"),
         ("ON=mudd,lanes LANE_LAYERS=4", "before layer 7, where the lanes part"),
-        ("ON=context CONTEXT_LENGTHS=", "whole numbers with commas between; its default is 1024"),
-        ("ON=context CONTEXT_LENGTHS=2048", "TRAIN_SEQ_LEN=2048 below it .* 4, .*, 512, 1024$"),
-        ("ON=context CONTEXT_LENGTHS=0", "choose of 1, 2, 4, "),
-        ("ON=context CONTEXT_LENGTHS=768", "expected divisors"),
-        ("ON=context CONTEXT_LENGTHS=1024,512", "that grow"),
-        ("ON=context CONTEXT_LENGTHS=512,512", "that grow"),
-        ("ON=context CONTEXT_UNTIL=0", "leave out ON=context for none"),
-        ("ON=context CONTEXT_UNTIL=1.5", "set it to at most 1"),
-        ("ON=context CONTEXT_UNTIL=nan", "a share of the run above 0"),
-        ("CONTEXT_UNTIL=0.5", "an option of context, which is off"),
         ("ON=bare BARE_LAYERS=11", "expected layers of 0 to 10"),
         ("ON=bare BARE_LAYERS=-1", "expected layers of 0 to 10"),
         ("ON=bare BARE_LAYERS=5,5", "each once; set BARE_LAYERS=5"),
@@ -808,15 +683,15 @@ def test_a_run_with_all_candidates_leaves_a_row(
     for name, value in settings.items():
         monkeypatch.setenv(name, str(value))
     settings_of_all = (
-        "ON=loops,lanes,mudd,context,bare LOOP_FIRST=1 LOOP_LAST=2 LANE_LAYERS=2 MUDD_STATES=0,1 "
-        "CONTEXT_LENGTHS=32 BARE_LAYERS=1"
+        "ON=loops,lanes,mudd,bare LOOP_FIRST=1 LOOP_LAST=2 LANE_LAYERS=2 MUDD_STATES=0,1 "
+        "BARE_LAYERS=1 EARLY_SEQ_LEN=32"
     )
     table = tmp_path / "TABLE.md"
     ablate.main([f"all (-0.01): {settings_of_all}"], table)
     (row,) = (line for line in table.read_text().splitlines() if line.startswith("| all"))
     assert "failed" not in row and f"| {settings_of_all} | -0.01 |" in row
     log = (tmp_path / "out/all/train.log").read_text()
-    assert "\nloops:on step:3 " in log and "\ncontext:64 step:3 " in log
+    assert "\nloops:on step:3 " in log and "\nsequence_length:64 step:3 " in log
     weights = torch.load(tmp_path / "out/all/final_model.pt", weights_only=True)["stages"]
     assert {"lane_route", "mudd_in"} <= weights["averaged"].keys()
 

@@ -183,6 +183,9 @@ NONSENSE = [
     ("VE_LAYERS", {"VE_LAYERS": 12}),
     ("VE_LAYERS", {"VE_LAYERS": 0}),
     ("TRAIN_BATCH_TOKENS", {"TRAIN_BATCH_TOKENS": 2049}),
+    ("EARLY_SEQ_LEN", {"EARLY_SEQ_LEN": 768}),
+    ("EARLY_SEQ_LEN", {"EARLY_SEQ_LEN": 2047}),
+    ("EARLY_SEQ_LEN", {"TRAIN_SEQ_LEN": 1536}),  # which the default does not divide
     ("MICRO_BATCH_TOKENS", {"MICRO_BATCH_TOKENS": 2047}),
     ("EVAL_STRIDE", {"EVAL_STRIDE": 2049}),
     ("WARMDOWN_FRACTION", {"WARMDOWN_FRACTION": 0}),
@@ -229,6 +232,12 @@ def test_a_nonsensical_combination_is_refused_by_name(name: str, env: dict[str, 
         {"XSA_LAYERS": 11, "VE_LAYERS": 11},
         {"EVAL_STRIDE": 0},
         {"EVAL_STRIDE": 2048},
+        {"EARLY_SEQ_LEN": 0},
+        {"EARLY_SEQ_LEN": 1},
+        {"EARLY_SEQ_LEN": 2048},
+        {"EARLY_SEQ_LEN": 3000},  # all sequences are whole
+        {"EARLY_FRACTION": 0},
+        {"EARLY_FRACTION": 1},
         {"MICRO_BATCH_TOKENS": 2048},
         {"WARMDOWN_FRACTION": 1},
         {"EVAL_ONLY": "a.ptz"},
@@ -245,6 +254,14 @@ def test_values_at_the_edge_of_what_makes_sense_are_accepted(env: dict[str, obje
         assert getattr(h, name.lower()) == value
 
 
+@pytest.mark.parametrize("length", [3, 768, 2047])
+def test_a_short_length_that_does_not_divide_the_whole_one_is_told_both_remedies(
+    length: int,
+) -> None:
+    message = settings_refusal(EARLY_SEQ_LEN=length)
+    assert message == f"EARLY_SEQ_LEN={length}: must divide TRAIN_SEQ_LEN=2048, or set 0 for none"
+
+
 # What a field declares
 
 UP = math.inf
@@ -258,6 +275,7 @@ BOUNDS = {  # lowest and highest value of every number that is not just 0 or mor
     "beta1": (0, 1 - 1e-9), "beta2": (0, 1 - 1e-9), "muon_beta2": (0, 1 - 1e-9),
     "muon_momentum": (0, 1 - 1e-9), "muon_momentum_warmup_start": (0, 1 - 1e-9),
     "warmdown_fraction": (1e-12, 1), "key_shift": (0, 1), "mlp_slope": (0, 1), "swa_share": (0, 1),
+    "early_fraction": (0, 1),
     "zstd_level": (1, 22), "seed": (0, 2**63 - 1),
 }  # fmt: skip
 NUMBERS = sorted(name for name, field in FIELDS.items() if field.type != "str")

@@ -98,9 +98,13 @@ def test_a_compiled_training_step_follows_the_eager_one() -> None:
 
 @pytest.mark.parametrize("kernels", ROUNDING, ids=["plain", "fused"])
 @pytest.mark.parametrize("micro", [512, 1024])  # with one micro-batch the update is captured too
-def test_the_step_as_cuda_graphs_follows_the_launched_one(micro: int, kernels: tg.Kernels) -> None:
+@pytest.mark.parametrize("early", [0, 64])  # with short sequences at first all graphs are twofold
+def test_the_step_as_cuda_graphs_follows_the_launched_one(
+    early: int, micro: int, kernels: tg.Kernels
+) -> None:
     """Launched kernel by kernel."""
-    h = tiny(train_seq_len=128, train_batch_tokens=1024, micro_batch_tokens=micro)
+    h = tiny(train_seq_len=128, early_seq_len=early, train_batch_tokens=1024,
+             micro_batch_tokens=micro)  # fmt: skip
     losses, masters = [], []
     for graph in (False, True):
         trainer = tg.Trainer(h, cuda_runtime(), kernels)
@@ -113,16 +117,21 @@ def test_the_step_as_cuda_graphs_follows_the_launched_one(micro: int, kernels: t
         for late_qat in (False, True):
             if late_qat:
                 trainer.optimizer.start_late_qat(9_000)
-            trainer.train_step(batches[0], 1.0)
-            if graph:
-                trainer.capture(batches[0])
-        graphs = trainer.graphs[trainer.model.plan]
-        updates = [graphs.update, graphs.update_late_qat]
-        assert bool(graphs.gradients) == graph
-        assert [bool(update) for update in updates] == [graph and micro == 1024] * 2
+            for length in tg.seq_lens(h):
+                trainer.seq_len = length
+                trainer.train_step(batches[0], 1.0)
+                if graph:
+                    trainer.capture(batches[0])
+        for length in tg.seq_lens(h):
+            graphs = trainer.graphs[trainer.model.plan, length]
+            updates = [graphs.update, graphs.update_late_qat]
+            assert bool(graphs.gradients) == graph
+            assert [bool(update) for update in updates] == [graph and micro == 1024] * 2
+        assert len(trainer.graphs) == (2 if early else 1)
         restore()
         steps = []
         for i, batch in enumerate(batches):
+            trainer.seq_len = tg.seq_len(h, i / len(batches))
             if i == 4:
                 trainer.optimizer.start_late_qat(
                     7_000
@@ -183,7 +192,7 @@ kernels = tg.Kernels(tg.attention_candidates()["cudnn"], *fused)
 model = tg.load_model(h, runtime, tiny_weights(h), kernels)
 tokens = torch.randint(h.vocab_size, (8, 129), generator=torch.Generator().manual_seed(0)).cuda()
 if sys.argv[1] == "trained":  # its graph is compiled first, as in a run
-    loss = runtime.compile(tg.loss_share)(model, tokens, 1.0)
+    loss = runtime.compile(tg.loss_share)(model, tokens, 1.0, 128)
     torch.autograd.grad(loss, list(model.parameters()))
 with torch.no_grad():
     hidden = runtime.compile(tg.GPT.final_hidden, deterministic=True)(model, tokens[:, :-1])

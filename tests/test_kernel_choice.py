@@ -110,10 +110,12 @@ def test_without_triton_plain_layers_are_chosen_with_a_note(
     assert lines[0] == "fused layers refused (RunError: Triton is not installed)"
 
 
+NO_MULTIPLE = "a width or a sequence's length is no multiple"
 SIZES: list[tuple[dict[str, int], str]] = [
-    (dict(mlp_hidden=44), "a width or TRAIN_SEQ_LEN is no multiple"),
-    (dict(model_dim=36, num_heads=9, num_kv_heads=3), "a width or TRAIN_SEQ_LEN is no multiple"),
-    (dict(train_seq_len=24, train_batch_tokens=240), "a width or TRAIN_SEQ_LEN is no multiple"),
+    (dict(mlp_hidden=44), NO_MULTIPLE),
+    (dict(model_dim=36, num_heads=9, num_kv_heads=3), NO_MULTIPLE),
+    (dict(train_seq_len=24, train_batch_tokens=240), NO_MULTIPLE),
+    (dict(early_seq_len=8), NO_MULTIPLE),
     (dict(model_dim=48), "a head of 12 dims is no power of 2"),
 ]
 
@@ -252,6 +254,37 @@ def test_one_weight_off_the_grid_is_over_the_bound(monkeypatch: pytest.MonkeyPat
         return w
 
     assert rounding_error_of(off_grid, monkeypatch) > 1
+
+
+def right_but_at(lengths: list[int], factor: float) -> train_gpt.Attend:
+    """An attention whose output at these lengths is off by a factor."""
+    right = train_gpt.sdpa()
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return right(q, k, v) * (factor if q.shape[1] in lengths else 1.0)
+
+    return attend
+
+
+@pytest.mark.parametrize("factor", [1.5, math.nan])
+@pytest.mark.parametrize(
+    ("wrong", "settings", "refused"),
+    [
+        ([32], dict(early_seq_len=0), True),
+        ([32], dict(early_seq_len=16), True),
+        ([16], dict(early_seq_len=16), True),
+        ([16], dict(early_seq_len=0), False),
+        ([16], dict(early_seq_len=16, early_fraction=0.0), False),
+        ([8, 64], dict(early_seq_len=16), False),
+    ],
+)
+def test_an_attention_must_be_right_at_every_length_of_the_run(
+    wrong: list[int], settings: dict[str, Any], refused: bool, factor: float
+) -> None:
+    """nan also at a length that is not the last one checked."""
+    attend = right_but_at(wrong, factor)
+    error = train_gpt.attention_error(tiny(**settings), attend, torch.device("cpu"))
+    assert (error < 2e-2) is not refused, error
 
 
 def test_an_attention_that_gives_nan_gradients_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -207,7 +207,8 @@ def test_a_row_that_is_no_number_spoils_the_loss_of_no_other() -> None:
     assert dx.isnan().any(1).nonzero().tolist() == [[3]]
 
 
-def test_a_compiled_step_takes_the_fused_loss() -> None:
+@pytest.mark.parametrize("seq_len", [16, 32])
+def test_a_compiled_step_takes_the_fused_loss(seq_len: int) -> None:
     """In one graph, with the loss and the gradients of the plain one."""
     h = support.tiny(vocab_size=72)
     tokens = torch.randint(72, (2, 33), generator=torch.Generator().manual_seed(0)).to(DEVICE)
@@ -215,7 +216,7 @@ def test_a_compiled_step_takes_the_fused_loss() -> None:
     results = []
     for kernels in (tg.Kernels(mean_loss=tg.FusedLoss.apply), tg.Kernels()):
         model = tg.load_model(h, runtime, support.tiny_weights(h), kernels)
-        loss = runtime.compile(tg.loss_share)(model, tokens, 0.5)
+        loss = runtime.compile(tg.loss_share)(model, tokens, 0.5, seq_len)
         results.append([loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=TOLERANCE, atol=TOLERANCE)
@@ -403,6 +404,9 @@ def test_on_a_cpu_plain_layers_are_chosen_and_logged() -> None:
         ((9, 0), dict(model_dim=48), False),  # heads of 12
         ((9, 0), dict(train_seq_len=24, train_batch_tokens=240), False),
         ((9, 0), dict(train_seq_len=48, train_batch_tokens=240), True),
+        ((9, 0), dict(early_seq_len=8), False),
+        ((9, 0), dict(early_seq_len=16), True),
+        ((9, 0), dict(early_seq_len=8, early_fraction=0), True),  # no sequence is that short
     ],
 )
 def test_fused_layers_run_on_hopper_with_sizes_that_they_take(

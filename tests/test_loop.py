@@ -251,7 +251,7 @@ def test_the_handlers_are_put_back_also_after_an_error(number: signal.Signals) -
 def test_the_first_step_has_the_whole_lr_and_no_decay() -> None:
     for cap in (0.0, 600.0):
         h = tiny(iterations=100, max_wallclock_seconds=cap)
-        assert train_gpt.plan_step(h, 0, 0.0, 0.0) == (0.0, 1.0, 0.0)
+        assert train_gpt.plan_step(h, 0, 0.0, 0.0) == (0.0, 1.0, 0.0, 32)
 
 
 def test_progress_is_that_of_steps_or_clock_whichever_is_further() -> None:
@@ -289,6 +289,45 @@ def test_a_step_decays_by_its_share_of_the_run() -> None:
     h = tiny(iterations=100, max_wallclock_seconds=0.0, decay_per_run=40.0)
     assert train_gpt.plan_step(h, 30, 0.0, 0.25).decay == pytest.approx(40 * 0.05)
     assert train_gpt.plan_step(h, 30, 0.0, 0.3).decay == pytest.approx(0.0)
+
+
+@pytest.mark.parametrize("length", [1, 8, 16])
+@pytest.mark.parametrize("fraction", [0.25, 0.5, 1.0])
+def test_sequences_are_short_until_a_share_of_the_run_is_over(fraction: float, length: int) -> None:
+    h = tiny(early_seq_len=length, early_fraction=fraction)
+    before = math.nextafter(fraction, 0.0)
+    found = [train_gpt.seq_len(h, progress) for progress in (0.0, before, fraction, 1.0)]
+    assert found == [length, length, 32, 32]
+    assert train_gpt.seq_lens(h) == [length, 32]
+
+
+WHOLE: list[dict[str, float]] = [  # settings with which no sequence is cut; one has 32 tokens
+    dict(early_seq_len=0), dict(early_seq_len=32), dict(early_seq_len=64),
+    dict(early_seq_len=1024), dict(early_seq_len=16, early_fraction=0.0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", WHOLE, ids=str)
+def test_all_sequences_of_such_a_run_are_whole(settings: dict[str, float]) -> None:
+    h = tiny(**settings)
+    assert {train_gpt.seq_len(h, progress) for progress in (0.0, 0.4, 0.6, 1.0)} == {32}
+    assert train_gpt.seq_lens(h) == [32]
+
+
+@pytest.mark.parametrize(("preset", "lengths"), [("card", [1024, 2048]), ("smoke", [128, 256])])
+def test_a_preset_has_two_lengths(preset: str, lengths: list[int]) -> None:
+    assert train_gpt.seq_lens(train_gpt.Hyperparameters.from_env({"PRESET": preset})) == lengths
+
+
+@pytest.mark.parametrize(
+    ("steps", "elapsed", "length"),
+    [(0, 0.0, 16), (29, 14.9, 16), (30, 0.0, 32), (1, 15.0, 32), (100, 50.0, 32)],
+)
+def test_the_planned_length_is_that_of_steps_or_clock_whichever_is_further(
+    steps: int, elapsed: float, length: int
+) -> None:
+    h = tiny(iterations=100, max_wallclock_seconds=50.0, early_seq_len=16, early_fraction=0.3)
+    assert train_gpt.plan_step(h, steps, elapsed, 0.0).seq_len == length
 
 
 def test_the_facts_of_a_training_are_told_without_an_empty_fault() -> None:

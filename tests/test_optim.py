@@ -384,7 +384,7 @@ def test_the_plan_of_a_step_follows_steps_and_clock(
 ) -> None:
     h = tiny(iterations=1000, max_wallclock_seconds=600.0, warmdown_iters=80, decay_per_run=160.0)
     plan = train_gpt.plan_step(h, steps_done, elapsed, before)
-    assert plan == pytest.approx((progress, lr, decay), abs=1e-9)
+    assert plan[:3] == pytest.approx((progress, lr, decay), abs=1e-9)
 
 
 def test_the_decay_of_all_steps_sums_to_that_of_the_run() -> None:
@@ -598,6 +598,8 @@ def together(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 
 def test_ranks_change_no_loss(alone: dict[str, Any], together: dict[str, Any]) -> None:
+    """Of short and of whole sequences."""
+    assert set(alone["lengths"]) == {16, 32} and together["lengths"] == alone["lengths"]
     plain = slice(0, ranks.PLAIN_STEPS + 1)
     assert together["losses"][plain] == pytest.approx(alone["losses"][plain], rel=1e-5)
     assert together["losses"] == pytest.approx(alone["losses"], rel=1e-3)

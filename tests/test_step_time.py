@@ -37,7 +37,7 @@ def test_a_kernel_belongs_to_one_group(kernel: str, group: str) -> None:
 def measured(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The measurement on a CPU: nothing is traced, and a graph runs what it was captured from."""
 
-    def capture(function: Any, *held: Any) -> Any:
+    def capture(function: Any, pool: Any, *held: Any) -> Any:
         function(*held)
         return function
 

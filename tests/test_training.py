@@ -1,4 +1,4 @@
-"""Claims about the training loop: warm-up, graphs, clock, micro-batches, faults, golden losses.
+"""Claims about the training loop: warm-up, graphs, lengths, clock, faults, golden losses.
 
 After a change that is meant to alter the losses, write the golden file again and commit it:
 
@@ -6,6 +6,7 @@ After a change that is meant to alter the losses, write the golden file again an
 """
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -13,6 +14,7 @@ import re
 import signal
 import sys
 import tempfile
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +23,18 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from support import FakeClock, byte_table, cpu_runtime, refusal, tiny, train_gpt, write_shard
+from support import (
+    FakeClock,
+    byte_table,
+    cpu_runtime,
+    in_float64,
+    refusal,
+    tiny,
+    tiny_model,
+    train_gpt,
+    write_shard,
+)
+from test_loop import WHOLE
 from torch import Tensor
 
 from train_gpt import BatchPlan, Evaluator, Hyperparameters, Runtime, Trainer
@@ -92,7 +105,9 @@ def losses_of(h: Hyperparameters, folder: Path, steps: int) -> list[float]:
     losses = []
     for step in range(steps):
         tokens = torch.from_numpy(plan.tokens(step, range(plan.batch_seqs)))
-        lr = train_gpt.lr_scale(h, train_gpt.progress_of(h, step, 0.0))
+        progress = train_gpt.progress_of(h, step, 0.0)
+        lr = train_gpt.lr_scale(h, progress)
+        trainer.seq_len = train_gpt.seq_len(h, progress)
         losses.append(float(trainer.train_step(tokens, lr, h.decay_per_run / h.iterations)))
     return losses
 
@@ -104,6 +119,7 @@ class Step(NamedTuple):
     lr: float
     decay: float
     masters: dict[str, Tensor]
+    seq_len: int
 
 
 def recorded_steps(patch: pytest.MonkeyPatch) -> list[Step]:
@@ -116,7 +132,7 @@ def recorded_steps(patch: pytest.MonkeyPatch) -> list[Step]:
     ) -> Tensor:
         loss = step(self, tokens, lr, decay, **options)
         masters = {n: t.detach().clone() for n, t in self.optimizer.masters().items()}
-        steps.append(Step(tokens, lr, decay, masters))
+        steps.append(Step(tokens, lr, decay, masters, self.seq_len))
         return loss
 
     def then_forget(self: Trainer, evaluator: Evaluator) -> None:
@@ -162,23 +178,25 @@ def state_of(trainer: Trainer) -> dict[str, Tensor]:
     return {name: t.detach().clone() for name, t in state.items()}
 
 
-def test_warm_up_leaves_every_state_bit_equal() -> None:
-    h = tiny()
+@pytest.mark.parametrize(("early", "lengths"), [(0, [32]), (16, [16, 32])])
+def test_warm_up_leaves_every_state_bit_equal(early: int, lengths: list[int]) -> None:
+    h = tiny(early_seq_len=early)
     trainer = new_trainer(h)
-    before, rounding = state_of(trainer), []
+    before, kinds = state_of(trainer), set()
     inner = trainer.train_step
 
     def recording(*args: Any) -> Tensor:
-        rounding.append(trainer.optimizer.late_qat.on)
+        kinds.add((trainer.seq_len, trainer.optimizer.late_qat.on))
         return inner(*args)
 
     trainer.train_step = recording  # type: ignore
     trainer.warm_up(new_evaluator(h, cpu_runtime()))
-    assert set(rounding) == {False, True}, "warm-up ran no step, or none before or after late QAT"
+    assert kinds == set(itertools.product(lengths, (False, True))), "before and after late QAT"
     after = state_of(trainer)
     assert before.keys() == after.keys()
     assert [name for name in before if not torch.equal(before[name], after[name])] == []
     assert not trainer.optimizer.late_qat.on and trainer.qat_steps == 0
+    assert trainer.seq_len == h.train_seq_len
     assert all(p.grad is None for p in trainer.model.parameters())
 
 
@@ -206,8 +224,15 @@ SCHEDULED: dict[str, Any] = TWO_LAYERS | dict(  # validation, averaging and late
 )
 
 
-def test_no_graph_is_compiled_on_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    warm_up, h = Trainer.warm_up, tiny(**SCHEDULED)
+@pytest.mark.parametrize(
+    ("early", "until"),
+    [(0, 0.0), (16, 0.5), (16, 0.8)],  # all whole, longer before late QAT, longer after it
+)
+def test_no_graph_is_compiled_on_the_clock(
+    early: int, until: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    h = tiny(**SCHEDULED, early_seq_len=early, early_fraction=until)
+    warm_up = Trainer.warm_up
     plain = Run(h, tmp_path / "plain")
     with ExitStack() as stack:
 
@@ -221,6 +246,7 @@ def test_no_graph_is_compiled_on_the_clock(tmp_path: Path, monkeypatch: pytest.M
     assert run.facts.graphs_compiled_on_clock == 0
     assert run.facts.qat_steps >= 2 and run.facts.swa_steps >= 2
     assert any("val_bpb" in line for line in run.lines)
+    assert any("sequence_length:32" in line for line in run.lines) == bool(early)
     losses = [r.facts.final_train_loss for r in (plain, run)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
@@ -233,16 +259,214 @@ def test_graphs_compiled_on_the_clock_are_counted(
     assert run.facts.graphs_compiled_on_clock > 0
 
 
+def fake_capture(function: Callable[..., Any], pool: object, *held: Tensor) -> Callable[..., Any]:
+    """A CUDA graph as a CPU can play it: fixed tensors go in and come out.
+
+    Like the capture of one, it leaves no trace of the run that finds out what comes out.
+    """
+    results = function(*held)
+
+    def replay(*arguments: Tensor) -> Any:
+        for tensor, new in zip(held, arguments, strict=True):
+            tensor.copy_(new)
+        new_results = function(*held)
+        if isinstance(new_results, Tensor):
+            return results.copy_(new_results)
+        for result, new in zip(results, new_results, strict=True):
+            result.copy_(new)
+        return results
+
+    return replay
+
+
+Kind = tuple[int, int]  # of a step: layers in their order, tokens of a sequence
+
+
+class CapturedRun(Run):
+    """A run whose steps are `fake_capture`s, each replayed only in steps of its own kind."""
+
+    POOL = object()
+
+    def __init__(self, h: Hyperparameters, folder: Path, patch: pytest.MonkeyPatch):
+        self.replayed = set[Kind]()  # after the warm-up
+        warm_up_steps = Trainer.warm_up_steps
+
+        def as_on_cuda(trainer: Trainer, generator: torch.Generator) -> None:
+            trainer.graph_pool = self.POOL  # type: ignore[assignment]
+            with patch.context() as warming_up:
+                warming_up.setattr(Runtime, "on_cuda", True)
+                warming_up.setattr(train_gpt, "capture", self.capture_for(trainer))
+                warm_up_steps(trainer, generator)
+            self.replayed.clear()
+
+        patch.setattr(Trainer, "warm_up_steps", as_on_cuda)
+        super().__init__(h, folder)
+
+    def capture_for(self, trainer: Trainer) -> Callable[..., Any]:
+        def kind() -> Kind:
+            return len(trainer.model.plan), trainer.seq_len
+
+        def capture(
+            function: Callable[..., Any], pool: object, *held: Tensor
+        ) -> Callable[..., Any]:
+            assert pool is self.POOL, "a graph with temporaries of its own"
+            captured = kind()
+            replay = fake_capture(function, pool, *held)
+
+            def of_its_kind(*arguments: Tensor) -> Any:
+                assert kind() == captured
+                self.replayed.add(captured)
+                return replay(*arguments)
+
+            return of_its_kind
+
+        return capture
+
+    def check(self, plain: Run, captured: set[Kind], replayed: set[Kind]) -> None:
+        """Graphs of these kinds, with and without late QAT, which train what steps without do."""
+        graphs = self.trainer.graphs
+        assert {(len(plan), length) for plan, length in graphs} == captured
+        assert self.replayed == replayed
+        for part in graphs.values():
+            assert part.gradients and part.update and part.update_late_qat
+        assert self.facts.qat_steps >= 2
+        for name, weight in plain.stages["trained"].items():
+            torch.testing.assert_close(self.stages["trained"][name], weight, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("early", "until"),
+    [(0, 0.0), (16, 0.5), (16, 0.8)],  # all whole, longer before late QAT, longer after it
+)
+def test_graphs_of_one_length_are_not_used_for_another(
+    early: int, until: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Captured, the update reads gradients from where the graph of its own length left them."""
+    h = tiny(iterations=8, warmdown_fraction=1.0, qat_threshold=0.4, early_seq_len=early,
+             early_fraction=until)  # fmt: skip
+    plain = Run(h, tmp_path / "plain")
+    run = CapturedRun(h, tmp_path / "graphs", monkeypatch)
+    kinds = {(4, 16), (4, 32)} if early else {(4, 32)}
+    run.check(plain, captured=kinds, replayed=kinds)
+
+
+# Short sequences first
+
+
+def documents(rows: int) -> Tensor:
+    """(rows, 33) tokens with a start of a document amid the first row."""
+    tokens = torch.randint(2, VOCAB, (rows, 33), generator=torch.Generator().manual_seed(0))
+    tokens[0, 9] = train_gpt.BOS_ID
+    return tokens
+
+
+def check_alone(model: train_gpt.GPT, length: int) -> None:
+    """Loss and gradients of short sequences are the mean of what each gives alone."""
+    tokens = documents(2)
+
+    def with_gradients(loss: Tensor) -> list[Tensor]:
+        return [loss, *torch.autograd.grad(loss, list(model.parameters()))]
+
+    with in_float64():
+        alone = [
+            model.mean_loss(row[None, t : t + length], row[None, t + 1 : t + length + 1])
+            for row in tokens
+            for t in range(0, 32, length)
+        ]
+        expected = with_gradients(0.25 * torch.stack(alone).mean())
+        found = with_gradients(train_gpt.loss_share(model, tokens, 0.25, length))
+        whole = train_gpt.loss_share(model, tokens, 0.25, 32)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+    assert abs(whole - found[0]) > 1e-4, "a whole sequence has the same loss"
+
+
+@pytest.mark.parametrize("length", [1, 8, 16])
+def test_short_sequences_are_trained_on_as_if_each_were_alone(length: int) -> None:
+    """Attention, the key shift and SmearGate take nothing from before them."""
+    check_alone(tiny_model(tiny(), torch.float64), length)
+
+
+def test_no_sequence_changes_a_loss_of_another() -> None:
+    model = tiny_model(tiny(), torch.float64)
+    model.kernels = model.kernels._replace(mean_loss=train_gpt.token_losses)  # without the mean
+    tokens = documents(2)
+    with in_float64(), torch.no_grad():
+        before = train_gpt.loss_share(model, tokens, 1.0, 16)
+        assert before.shape == (4, 16)
+        for t in range(33):
+            changed = tokens.clone()
+            changed[0, t] = 2 if tokens[0, t] != 2 else 3
+            moved = (train_gpt.loss_share(model, changed, 1.0, 16) - before).abs() > 1e-12
+            assert moved.any(1).tolist() == [t <= 16, t >= 16, False, False], "16 is its target"
+
+
+@pytest.mark.parametrize("until", [0.3, 0.5, 1.0])
+@pytest.mark.parametrize(
+    "bound",
+    [dict(iterations=10), dict(iterations=10**6, max_wallclock_seconds=1.0)],
+    ids=["steps", "time"],
+)
+def test_sequences_grow_at_a_progress_whatever_bounds_the_run(
+    bound: dict[str, Any], until: float, tmp_path: Path, clock: FakeClock,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    steps = recorded_steps(monkeypatch)
+    run = Run(tiny(**bound, early_seq_len=16, early_fraction=until), tmp_path)
+    lengths = [step.seq_len for step in steps]
+    short = min(round(10 * until), len(lengths))
+    assert len(lengths) >= 8 and lengths == [16] * short + [32] * (len(lengths) - short)
+    assert {step.tokens.shape for step in steps} == {(8, 33)}, "a step keeps its tokens"
+    changes = [line[:-2] for line in run.lines if line.startswith("sequence_length:")]
+    grown = f"sequence_length:32 step:{short + 1} progress:{until:.2f}"
+    assert changes == ["sequence_length:16 step:1 progress:0.00", grown][: 1 + (until < 1)]
+
+
+def test_a_step_trains_on_the_length_that_its_line_names(
+    tmp_path: Path, steps: list[Step], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And every score, those on the way as well, is of whole sequences."""
+    seen = list[tuple[bool, tuple[int, ...]]]()
+    final_hidden = train_gpt.GPT.final_hidden
+
+    def noting(model: train_gpt.GPT, inputs_BT: Tensor) -> Tensor:
+        seen.append((torch.is_grad_enabled(), tuple(inputs_BT.shape)))
+        return final_hidden(model, inputs_BT)
+
+    monkeypatch.setattr(train_gpt.GPT, "final_hidden", noting)
+    Run(tiny(early_seq_len=16, val_loss_every=1), tmp_path)
+    trained = [shape for training, shape in seen if training]
+    assert trained == [(16, 16)] * 3 + [(8, 32)] * 3
+    assert {shape[1] for training, shape in seen if not training} == {32}
+    assert seen[1][0] is False, "no score between the first two steps"
+
+
+@pytest.mark.parametrize("settings", WHOLE, ids=str)
+def test_without_short_sequences_a_run_is_bit_for_bit_one_that_cannot_have_them(
+    settings: dict[str, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without(model: train_gpt.GPT, tokens: Tensor, share: float, seq_len: int) -> Tensor:
+        return model.mean_loss(tokens[:, :-1], tokens[:, 1:]) * share
+
+    run = Run(tiny(**settings), tmp_path / "whole")
+    short = Run(tiny(early_seq_len=16), tmp_path / "short").stages["trained"]
+    monkeypatch.setattr(train_gpt, "loss_share", without)
+    plain = Run(tiny(), tmp_path / "plain").stages["trained"]
+    assert all(torch.equal(run.stages["trained"][name], plain[name]) for name in plain)
+    assert not any("sequence_length" in line for line in run.lines)
+    assert not torch.equal(short["qo_bank"], plain["qo_bank"])
+
+
 # Micro-batches and layout
 
 
+@pytest.mark.parametrize("early", [0, 16])
 @pytest.mark.parametrize("micro_batch_tokens", [32, 64, 128])
-def test_micro_batches_change_no_loss(micro_batch_tokens: int, tmp_path: Path) -> None:
-    whole = losses_of(tiny(), tmp_path, 5)
-    parts = losses_of(tiny(micro_batch_tokens=micro_batch_tokens), tmp_path, 5)
-    assert new_trainer(tiny(micro_batch_tokens=micro_batch_tokens)).layout.micro == (
-        256 // micro_batch_tokens
-    )
+def test_micro_batches_change_no_loss(micro_batch_tokens: int, early: int, tmp_path: Path) -> None:
+    """Of whole sequences, and of short ones and the whole ones after them."""
+    whole = losses_of(tiny(early_seq_len=early), tmp_path, 5)
+    h = tiny(early_seq_len=early, micro_batch_tokens=micro_batch_tokens)
+    parts = losses_of(h, tmp_path, 5)
+    assert new_trainer(h).layout.micro == 256 // micro_batch_tokens
     assert parts == pytest.approx(whole, rel=1e-5)
 
 
@@ -573,15 +797,27 @@ def test_a_terminal_shows_progress_that_the_log_does_not_hold(
     assert not any("tokens/s" in line for line in shown.lines)
 
 
-def test_the_progress_line_counts_the_flops_of_the_model() -> None:
-    """The card at 70.1 ms a step of 98,304 tokens: 370 TFLOP/s of an H100's 989."""
+def lines_of_the_card() -> train_gpt.TrainingLines:
+    """Of 1,600 steps of 98,304 tokens on an H100."""
     h = Hyperparameters(train_batch_tokens=98_304, iterations=1600)
     evaluator = SimpleNamespace(h=h, targets=1000, text_bytes=2600,
                                 runtime=Runtime(torch.device("cuda")))  # fmt: skip
-    lines = train_gpt.TrainingLines(evaluator, train_gpt.RunLog(None))  # type: ignore[arg-type]
+    return train_gpt.TrainingLines(evaluator, train_gpt.RunLog(None))  # type: ignore[arg-type]
+
+
+def test_the_progress_line_counts_the_flops_of_the_model() -> None:
+    """The card at 70.1 ms a step: 370 TFLOP/s of an H100's 989."""
+    lines = lines_of_the_card()
     line = lines.status(1000, 2.0, clock=70.1, seconds=0.0701)
     assert "MFU:37% left:42s" in line and "1,402,340 tokens/s" in line
     assert f"bpb:{2 / math.log(2) / 2.6:.3f}" in line
+
+
+@pytest.mark.parametrize(("step", "share"), [(1, 35), (799, 35), (800, 40), (1599, 40)])
+def test_the_flops_are_those_of_sequences_as_long_as_they_are_then(step: int, share: int) -> None:
+    """At 66 ms a step: 341 TFLOP/s of 1,024 tokens, 393 of 2,048."""
+    line = lines_of_the_card().status(step, 2.0, clock=0.066 * step, seconds=0.066)
+    assert f" MFU:{share}% " in line
 
 
 # Legality
