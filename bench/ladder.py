@@ -210,8 +210,17 @@ DESIGN = [
     # Candidates, at equal steps: at equal time each takes or leaves 0.0008 a percent of the step
     Row("D", "ON=mudd", -0.004, "published -0.0044; + 3 % a step"),
     Row("D", "XSA_LAYERS=11", -0.002, "+0.0008 after 350 steps; published -0.0016; + 4 %"),
-    Row("D", "ON=bare", 0.002, "one layer's attention less; - 4 % a step"),
+    Row("D", "EARLY_FRACTION=0.5", 0.001, "less context seen early; - 6 % a step"),
     Row("D", "ON=lanes", -0.002, "published -0.0027; + 2 % a step"),
+    Row("B", "EARLY_FRACTION=0.5", -0.001, "D -0.0029; longer forgives"),
+    Row("C", "EARLY_FRACTION=0.5", -0.003, "D -0.0029; 800 steps are the start"),
+    Row(
+        "D", "EARLY_FRACTION=0.5 ON=lanes XSA_LAYERS=11", -0.007, "-0.0029, -0.0028, -0.0033, less"
+    ),
+    Row("D", "EARLY_FRACTION=0.5 ON=lanes", -0.004, "-0.0029, -0.0028; both and XSA -0.0043"),
+    Row("D", "EARLY_FRACTION=0.5 XSA_LAYERS=11", -0.004, "as with lanes"),
+    Row("D", "EARLY_FRACTION=0.8", -0.002, "0.5 -0.0029; less time for 2,048; - 9 % a step"),
+    Row("D", "ON=bare", 0.002, "one layer's attention less; - 4 % a step"),
     Row("D", "ON=loops", -0.004, "published -0.002 to -0.003 at equal time; + 13 % a step"),
     # The far ends, which also test what the rest extrapolates
     Row("F", "", 0, "base"),
