@@ -2041,18 +2041,18 @@ def plan_step(
     progress = progress_of(h, steps_done, elapsed)
     total_steps = steps_done / progress if progress else h.iterations
     decay = h.decay_per_run * (progress - progress_before)
-    return StepPlan(progress, lr_scale(h, progress, total_steps), decay, seq_len(h, progress))
+    return StepPlan(progress, lr_scale(h, progress, total_steps), decay, seq_len_at(h, progress))
 
 
-def seq_len(h: Hyperparameters, progress: float) -> int:
+def seq_len_at(h: Hyperparameters, progress: float) -> int:
     """Tokens of a training sequence: short ones first (pg#2014)."""
     shortens = 0 < h.early_seq_len < h.train_seq_len
     return h.early_seq_len if shortens and progress < h.early_fraction else h.train_seq_len
 
 
 def seq_lens(h: Hyperparameters) -> list[int]:
-    """Every `seq_len` of a run, TRAIN_SEQ_LEN last."""
-    return sorted({seq_len(h, 0.0), h.train_seq_len})
+    """Every length that `seq_len_at` gives in a run, TRAIN_SEQ_LEN last."""
+    return sorted({seq_len_at(h, 0.0), h.train_seq_len})
 
 
 def lr_warmup(h: Hyperparameters, step: int) -> float:
@@ -3435,7 +3435,7 @@ class TrainingLines:
         if self.runtime.on_cuda:
             # Per token 6 a weight and attention's causal half.  989e12 a second is what NVIDIA
             # states for an H100 SXM in dense bfloat16.
-            attended = h.num_layers * seq_len(h, progress) * h.model_dim
+            attended = h.num_layers * seq_len_at(h, progress) * h.model_dim
             per_token = 6 * (h.parameters() + attended)
             share = per_token * tokens_per_second / 989e12 / self.runtime.world_size
             mfu = f"MFU:{share:.0%} "

@@ -48,7 +48,7 @@ def results(runtime: train_gpt.Runtime) -> dict[str, Any]:
 
     def step(number: int) -> None:
         tokens = tokens_of(number, h.vocab_size)[mine]
-        trainer.seq_len = train_gpt.seq_len(h, number / PLAIN_STEPS)
+        trainer.seq_len = train_gpt.seq_len_at(h, number / PLAIN_STEPS)
         lengths.append(trainer.seq_len)
         losses.append(float(trainer.train_step(tokens, 0.5)))
 

@@ -131,7 +131,7 @@ def test_the_step_as_cuda_graphs_follows_the_launched_one(
         restore()
         steps = []
         for i, batch in enumerate(batches):
-            trainer.seq_len = tg.seq_len(h, i / len(batches))
+            trainer.seq_len = tg.seq_len_at(h, i / len(batches))
             if i == 4:
                 trainer.optimizer.start_late_qat(
                     7_000

@@ -296,7 +296,7 @@ def test_a_step_decays_by_its_share_of_the_run() -> None:
 def test_sequences_are_short_until_a_share_of_the_run_is_over(fraction: float, length: int) -> None:
     h = tiny(early_seq_len=length, early_fraction=fraction)
     before = math.nextafter(fraction, 0.0)
-    found = [train_gpt.seq_len(h, progress) for progress in (0.0, before, fraction, 1.0)]
+    found = [train_gpt.seq_len_at(h, progress) for progress in (0.0, before, fraction, 1.0)]
     assert found == [length, length, 32, 32]
     assert train_gpt.seq_lens(h) == [length, 32]
 
@@ -310,7 +310,7 @@ WHOLE: list[dict[str, float]] = [  # settings with which no sequence is cut; one
 @pytest.mark.parametrize("settings", WHOLE, ids=str)
 def test_all_sequences_of_such_a_run_are_whole(settings: dict[str, float]) -> None:
     h = tiny(**settings)
-    assert {train_gpt.seq_len(h, progress) for progress in (0.0, 0.4, 0.6, 1.0)} == {32}
+    assert {train_gpt.seq_len_at(h, progress) for progress in (0.0, 0.4, 0.6, 1.0)} == {32}
     assert train_gpt.seq_lens(h) == [32]
 
 

@@ -107,7 +107,7 @@ def losses_of(h: Hyperparameters, folder: Path, steps: int) -> list[float]:
         tokens = torch.from_numpy(plan.tokens(step, range(plan.batch_seqs)))
         progress = train_gpt.progress_of(h, step, 0.0)
         lr = train_gpt.lr_scale(h, progress)
-        trainer.seq_len = train_gpt.seq_len(h, progress)
+        trainer.seq_len = train_gpt.seq_len_at(h, progress)
         losses.append(float(trainer.train_step(tokens, lr, h.decay_per_run / h.iterations)))
     return losses
 
