@@ -184,6 +184,11 @@ def measure() -> dict[str, Any]:
     trainer.capture(tokens)
     result["step_with_qat"] = gpu_ms(step)
     late_qat.on = False
+    trainer.seq_len = tg.seq_lens(h)[0]
+    step()
+    trainer.capture(tokens)
+    result["step_short"] = gpu_ms(step)
+    trainer.seq_len = h.train_seq_len
     result |= kernel_times(step)
     result["peak_memory_gib"] = torch.cuda.max_memory_reserved() / 2**30
     return result
@@ -202,6 +207,7 @@ def table(result: dict[str, Any]) -> str:
         "optimizer": result["step"] - result["graph"],
         "step": result["step"],
         "step with late QAT": result["step_with_qat"],
+        "step, short sequences": result["step_short"],
         "host gap": result["idle"],
         "step, traced": result["span"],
         "evaluation forward": result["eval_forward"],

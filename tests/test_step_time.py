@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 import re
 import sys
@@ -55,14 +56,24 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 2**30)
     monkeypatch.setenv("PRESET", "smoke")
-    for name, value in TINY.items():
+    for name, value in {**TINY, "early_seq_len": 16}.items():
         monkeypatch.setenv(name.upper(), str(value))
-    return step_time.measure()
+    lengths = []
+
+    def loss_share(model: Any, tokens: Any, share: float, seq_len: int) -> Any:
+        lengths.append(seq_len)
+        return plain_loss_share(model, tokens, share, seq_len)
+
+    plain_loss_share = train_gpt.loss_share
+    monkeypatch.setattr(train_gpt, "loss_share", loss_share)
+    return {**step_time.measure(), "lengths": lengths}
 
 
 def test_every_phase_is_measured_and_printed(measured: dict[str, Any]) -> None:
     for name in ("forward", "forward_backward", "eval_forward", "graph", "step", "step_with_qat"):
         assert measured[name] > 0
+    assert measured["step_short"] > 0
+    assert [length for length, _ in itertools.groupby(measured["lengths"])] == [32, 16, 32]
     table = step_time.table(measured)
     assert table.startswith(f"a GPU, torch {torch.__version__}, {TINY['train_batch_tokens']} ")
     phases = re.findall(r"^([a-z][\w ,+]+?) +(-?[\d.]+) ms$", table, re.M)
