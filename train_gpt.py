@@ -3263,31 +3263,33 @@ class Trainer:
         generator = torch.Generator(device).manual_seed(self.runtime.rank)
         devices = [device] if self.runtime.on_cuda else []
         with torch.random.fork_rng(devices):
-            self.warm_up_lengths(generator)
+            self.warm_up_steps(generator)
             self.optimizer.start_late_qat(self.weight_bytes())
-            self.warm_up_lengths(generator)
+            self.warm_up_steps(generator)
             evaluator.warm_up(self.model)
         restore()
         self.average = RunningMean(self.optimizer.masters())
         self.qat_steps = 0
         self.graphs_warmed_up = graphs_compiled()
 
-    def warm_up_lengths(self, generator: torch.Generator) -> None:
-        """Ends with TRAIN_SEQ_LEN, with which it began."""
-        for length in seq_lens(self.h):
-            self.seq_len = length
-            self.warm_up_steps(generator)
-
     def warm_up_steps(self, generator: torch.Generator) -> None:
+        """Of every length, TRAIN_SEQ_LEN last.
+
+        All are launched before the first is captured, as its graph keeps its memory from then on.
+        """
         h = self.h
         shape = (self.layout.local, h.train_seq_len + 1)
-        for step in range(h.warmup_steps):
-            tokens = torch.randint(
-                h.vocab_size, shape, generator=generator, device=generator.device
-            )
-            self.train_step(tokens, 1.0)
-            if step == 0 and self.runtime.on_cuda:
-                self.capture(tokens)
+        for number in range(h.warmup_steps):
+            for length in seq_lens(h):
+                self.seq_len = length
+                tokens = torch.randint(
+                    h.vocab_size, shape, generator=generator, device=generator.device
+                )
+                self.train_step(tokens, 1.0)
+            if number == 0 and self.runtime.on_cuda:
+                for length in seq_lens(h):
+                    self.seq_len = length
+                    self.capture(tokens)
 
     def stages(self) -> Stages:
         """Whole float32 weights of the last iterate and of the average, if there is one."""
