@@ -221,6 +221,7 @@ DESIGN = [
     Row("D", "EARLY_FRACTION=0.5 XSA_LAYERS=11", -0.004, "as with lanes"),
     Row("D", "EARLY_FRACTION=0.8", -0.002, "0.5 -0.0029; less time for 2,048; - 9 % a step"),
     Row("D", "ON=bare", 0.002, "one layer's attention less; - 4 % a step"),
+    Row("D", "ON=cap", -0.001, "published 2 % of the steps, at another bound"),
     Row("D", "ON=loops", -0.004, "published -0.002 to -0.003 at equal time; + 13 % a step"),
     # The far ends, which also test what the rest extrapolates
     Row("F", "", 0, "base"),
