@@ -410,6 +410,29 @@ def test_runs_at_the_same_time_have_a_gpu_each(
     assert (tmp_path / "TABLE.md").read_text().count("| 72.2 | 3 |") == 4
 
 
+@pytest.mark.parametrize(
+    ("gpu", "chosen", "threads"), [("1", None, "1"), ("1", "4", "4"), ("", None, None)]
+)
+def test_runs_on_gpus_do_not_take_all_cores_each(
+    gpu: str, chosen: str | None, threads: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Started(Exception):
+        pass
+
+    def start(command: object, env: dict[str, str], **_: object) -> None:
+        assert env.get("OMP_NUM_THREADS") == threads
+        assert env.get("CUDA_VISIBLE_DEVICES") == (gpu or None)
+        raise Started
+
+    for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    if chosen:
+        monkeypatch.setenv("OMP_NUM_THREADS", chosen)
+    monkeypatch.setattr(ablate.subprocess, "Popen", start)
+    with pytest.raises(Started):
+        ablate.in_a_process(ablate.parse("base"), [], gpu)
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_run_warms_up_at_once_and_trains_when_the_other_has(
     fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
