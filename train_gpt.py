@@ -3,7 +3,8 @@
 The task: the lowest bits per byte (bpb) on FineWeb's validation split from at most 16,000,000
 bytes of code plus packed weights, trained for at most 600 s on 8 x H100.  Measured so far: 1.1424
 bpb sliding, 1.1630 plain, in 15,862,083 bytes, on the larger proxy corpus (not FineWeb), after
-180 s or 2,494 steps of 98,304 tokens on 1 x H100 with torch 2.11, n = 2 (`submission.json`).
+180 s or 2,494 steps of 98,304 tokens on 1 x H100 with torch 2.11, n = 2 (`submission.json`), with
+momentum 0.95 and whole sequences.
 
     torchrun --standalone --nproc_per_node=8 train_gpt.py                     # the submitted run
     PRESET=smoke torchrun --standalone --nproc_per_node=1 train_gpt.py        # three minutes, CPU
@@ -291,7 +292,7 @@ class Hyperparameters:
         self.check_divides("num_heads", "model_dim")
         self.check_divides("num_kv_heads", "num_heads")
         self.check_divides("train_seq_len", "train_batch_tokens")
-        if 0 < self.early_seq_len < self.train_seq_len:
+        if self.early_fraction and 0 < self.early_seq_len < self.train_seq_len:
             self.check_divides("early_seq_len", "train_seq_len", ", or set 0 for none")
         self.check_at_most("train_seq_len", "micro_batch_tokens")
         self.check_at_most("eval_stride", "train_seq_len")
@@ -2051,7 +2052,7 @@ def seq_len_at(h: Hyperparameters, progress: float) -> int:
 
 
 def seq_lens(h: Hyperparameters) -> list[int]:
-    """Every length that `seq_len_at` gives in a run, TRAIN_SEQ_LEN last."""
+    """The length at the start of a run and TRAIN_SEQ_LEN, once if they are the same."""
     return sorted({seq_len_at(h, 0.0), h.train_seq_len})
 
 

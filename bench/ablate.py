@@ -10,13 +10,13 @@ Each argument is `name (prediction): KEY=VALUE ...`; the prediction, in packed b
 variant, is part of the row, so that it is made before the run.  OFF=a,b leaves out or replaces
 techniques of the program: the names are those of TECHNIQUES.  ON=a,b adds candidates, which are
 not in the program: bench/candidates.py has their names and options.  The environment holds what all
-variants share (P-steps: ITERATIONS=1600 TRAIN_BATCH_TOKENS=98304 MAX_WALLCLOCK_SECONDS=0
-MUON_MOMENTUM=0.95; P-time: TRAIN_BATCH_TOKENS=98304 MAX_WALLCLOCK_SECONDS=180 MUON_MOMENTUM=0.95);
-EVAL_STRIDE=0 leaves out the sliding score; logs and weights are kept if OUTPUT_DIR names a folder
-for them.  Graphs compiled once are found again in Inductor's cache.  Rows are printed and appended
-to docs/ABLATIONS.md, or to the file that the variable TABLE names, in the order of the arguments,
-each as soon as it can be; a run that fails gets a row too.  SIGTERM, which `timeout` sends, ends
-the runs under way and starts no other; the rows of both are written.
+variants share (TRAIN_BATCH_TOKENS=98304 MUON_MOMENTUM=0.95 and, for P-steps, ITERATIONS=1600
+MAX_WALLCLOCK_SECONDS=0, for P-time MAX_WALLCLOCK_SECONDS=180; rows until 2026-11-27 have
+EARLY_FRACTION=0); EVAL_STRIDE=0 leaves out the sliding score; logs and weights are kept if
+OUTPUT_DIR names a folder for them.  Graphs compiled once are found again in Inductor's cache.  Rows
+are printed and appended to docs/ABLATIONS.md, or to the file that the variable TABLE names, in the
+order of the arguments, each as soon as it can be; a run that fails gets a row too.  SIGTERM, which
+`timeout` sends, ends the runs under way and starts no other; the rows of both are written.
 """
 
 from __future__ import annotations
@@ -251,7 +251,7 @@ def run_variant(variant: Variant) -> Result:
         replacement = TECHNIQUES[name]
         setattr(replacement.owner, replacement.attribute, replacement.value)
     candidates.install(variant.on)
-    if os.environ.get("IN_TURN"):
+    if in_turn():
         take_turns(turn_file(os.environ.get("CUDA_VISIBLE_DEVICES", "")))
     tg.write_result = lambda *_: None  # a variant is no seed of a submission
     h = with_sample(tg.Hyperparameters.from_env(variant.environment))
@@ -263,15 +263,20 @@ def run_variant(variant: Variant) -> Result:
     return Result(scores, facts.step_avg_ms, facts.step_stop, size, facts.seed)
 
 
+def in_turn() -> bool:
+    """Whether runs that share a GPU are to train one after the other."""
+    return os.environ.get("IN_TURN", "0") != "0"
+
+
 def turn_file(gpu: str) -> Path:
-    """What the runs on that GPU lock while they train; the system unlocks it when a run dies."""
-    return Path(tempfile.gettempdir(), f"training_on_gpu_{gpu}.lock")
+    """What a user's runs on that GPU lock while they train; it is unlocked when a run dies."""
+    return Path(tempfile.gettempdir(), f"training_of_{os.getuid()}_on_gpu_{gpu}.lock")
 
 
 def take_turns(lock: Path) -> None:
     """From now on this process warms up at once, but trains while no other that does so trains.
 
-    Start, compilation and scores take 45 of the 106 s of a run of 800 steps, and leave the GPU idle
+    Start, compilation and scores take 47 of the 106 s of a run of 800 steps, and leave the GPU idle
     most of the time.
     """
     warm_up = tg.Trainer.warm_up
@@ -343,8 +348,8 @@ def in_a_process(
         environment = {**os.environ, "OUTPUT_DIR": str(mine)}
         if gpu:
             environment["CUDA_VISIBLE_DEVICES"] = gpu
-            # As torchrun sets it.  With a thread for each of 32 cores, four runs at once took 200 s
-            # to compile.
+            # As torchrun sets it.  With a thread for each of 32 cores, four runs at once had not
+            # compiled after 140 s.
             environment.setdefault("OMP_NUM_THREADS", "1")
         pipe = subprocess.PIPE
         with subprocess.Popen(

@@ -215,7 +215,7 @@ DESIGN = [
     Row("B", "EARLY_FRACTION=0.5", -0.001, "D -0.0029; longer forgives"),
     Row("C", "EARLY_FRACTION=0.5", -0.003, "D -0.0029; 800 steps are the start"),
     Row(
-        "D", "EARLY_FRACTION=0.5 ON=lanes XSA_LAYERS=11", -0.007, "-0.0029, -0.0028, -0.0033, less"
+        "D", "EARLY_FRACTION=0.5 ON=lanes XSA_LAYERS=11", -0.007, "-0.0029, -0.0027, -0.0033, less"
     ),
     Row("D", "EARLY_FRACTION=0.5 ON=lanes", -0.004, "-0.0029, -0.0028; both and XSA -0.0043"),
     Row("D", "EARLY_FRACTION=0.5 XSA_LAYERS=11", -0.004, "as with lanes"),
@@ -453,7 +453,7 @@ def check_rows(rows: Iterable[Row], tg: Any, env: Mapping[str, str]) -> None:
 
 def facts_of_call(options: argparse.Namespace, hardware: str, tg: Any, sharing: int) -> Record:
     """What all rows of a call share.  A call without time trains nothing and needs no corpus."""
-    if os.environ.get("IN_TURN"):
+    if ablate.in_turn():
         sharing = 1
     corpus = options.corpus
     if options.seconds:

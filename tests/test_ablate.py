@@ -433,6 +433,30 @@ def test_runs_on_gpus_do_not_take_all_cores_each(
         ablate.in_a_process(ablate.parse("base"), [], gpu)
 
 
+@pytest.mark.parametrize("asked", ["1", "0", None])
+def test_runs_take_turns_on_their_gpu_where_that_is_asked_for(
+    asked: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Started(Exception):
+        pass
+
+    def start(h: tg.Hyperparameters) -> None:
+        raise Started
+
+    turns: list[Path] = []
+    monkeypatch.setattr(ablate, "take_turns", turns.append)
+    monkeypatch.setattr(ablate, "with_sample", start)
+    monkeypatch.setattr(tg, "write_result", tg.write_result)  # put back after the test
+    monkeypatch.delenv("IN_TURN", raising=False)
+    if asked:
+        monkeypatch.setenv("IN_TURN", asked)
+    for gpu in ("0", "1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpu)
+        with pytest.raises(Started):
+            ablate.run_variant(ablate.parse("base"))
+    assert len(set(turns)) == (2 if asked == "1" else 0), "a file for each GPU"
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_run_warms_up_at_once_and_trains_when_the_other_has(
     fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

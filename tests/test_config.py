@@ -236,6 +236,7 @@ def test_a_nonsensical_combination_is_refused_by_name(name: str, env: dict[str, 
         {"EARLY_SEQ_LEN": 1},
         {"EARLY_SEQ_LEN": 2048},
         {"EARLY_SEQ_LEN": 3000},  # all sequences are whole
+        {"EARLY_FRACTION": 0, "TRAIN_SEQ_LEN": 1536},
         {"EARLY_FRACTION": 0},
         {"EARLY_FRACTION": 1},
         {"MICRO_BATCH_TOKENS": 2048},

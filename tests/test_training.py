@@ -288,8 +288,14 @@ class CapturedRun(Run):
     POOL = object()
 
     def __init__(self, h: Hyperparameters, folder: Path, patch: pytest.MonkeyPatch):
+        self.launched = set[Kind]()  # kernel by kernel
         self.replayed = set[Kind]()  # after the warm-up
         warm_up_steps = Trainer.warm_up_steps
+        loss_and_gradients = Trainer.loss_and_gradients
+
+        def launch(trainer: Trainer, tokens: Tensor) -> list[Tensor]:
+            self.launched.add((len(trainer.model.plan), trainer.seq_len))
+            return loss_and_gradients(trainer, tokens)
 
         def as_on_cuda(trainer: Trainer, generator: torch.Generator) -> None:
             trainer.graph_pool = self.POOL  # type: ignore[assignment]
@@ -300,6 +306,7 @@ class CapturedRun(Run):
             self.replayed.clear()
 
         patch.setattr(Trainer, "warm_up_steps", as_on_cuda)
+        patch.setattr(Trainer, "loss_and_gradients", launch)
         super().__init__(h, folder)
 
     def capture_for(self, trainer: Trainer) -> Callable[..., Any]:
@@ -310,6 +317,8 @@ class CapturedRun(Run):
             function: Callable[..., Any], pool: object, *held: Tensor
         ) -> Callable[..., Any]:
             assert pool is self.POOL, "a graph with temporaries of its own"
+            every = {(kind()[0], length) for length in train_gpt.seq_lens(trainer.h)}
+            assert every <= self.launched, "a length is launched beside the memory of a graph"
             captured = kind()
             replay = fake_capture(function, pool, *held)
 
@@ -421,10 +430,10 @@ def test_sequences_grow_at_a_progress_whatever_bounds_the_run(
     assert changes == ["sequence_length:16 step:1 progress:0.00", grown][: 1 + (until < 1)]
 
 
-def test_a_step_trains_on_the_length_that_its_line_names(
+def test_a_step_trains_on_its_length_and_scores_are_of_whole_sequences(
     tmp_path: Path, steps: list[Step], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And every score, those on the way as well, is of whole sequences."""
+    """Those on the way as well."""
     seen = list[tuple[bool, tuple[int, ...]]]()
     final_hidden = train_gpt.GPT.final_hidden
 
