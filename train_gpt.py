@@ -236,7 +236,8 @@ class Hyperparameters:
     train_batch_tokens: int = setting(786_432, low=1)  # per step, over all ranks
     train_seq_len: int = of_model(2048, low=1)  # tokens of context, in training and evaluation
     # Training sequences are cut into such short ones in the first `early_fraction` of the run:
-    # faster, as attention is a third of a step, and better even at equal steps.  0: never.
+    # faster, as attention is a third of a step, and better even at equal steps (docs/LADDER.md).
+    # 0: never.
     early_seq_len: int = setting(1024)
     early_fraction: float = setting(0.5, 0, 1)
     # Most tokens that one rank runs at once; it changes no gradient but by rounding.
@@ -3145,7 +3146,8 @@ def capture(function: Callable[..., Any], pool: Any, *held: Tensor) -> Callable[
 
     Launching a step's kernels one by one takes the host longer than the GPU needs to run some of
     them; a graph is one launch.  Calls overwrite the arguments `held` and the earlier results.
-    Graphs of one memory `pool` share their temporaries, so no two may run at once.
+    Graphs of one memory `pool` share their temporaries: no two may run at once, and a run of one
+    may overwrite the results of those captured after it.
     """
     graph = torch.cuda.CUDAGraph()
     torch.cuda.empty_cache()  # leaves the pool what the launched kernels used

@@ -4,9 +4,9 @@
 
 Shapes are the model's (48 x 2048 tokens, 4 query heads, 2 key/value heads of width 128) unless
 environment variables override the hyperparameters; TRAIN_SEQ_LEN=1024 times the short sequences of
-the first half of a run.  The error is the one by which train_gpt.py
-refuses a kernel: the largest relative one of output and gradients in bfloat16.  TFLOP/s counts the
-causal half: 2 products forward and 5 backward of 2 * B * H * T^2 / 2 * E operations each.
+the first half of a run.  The error is the one by which train_gpt.py refuses a kernel: the largest
+relative one of output and gradients in bfloat16.  TFLOP/s counts the causal half: 2 products
+forward and 5 backward of 2 * B * H * T^2 / 2 * E operations each.
 """
 
 from __future__ import annotations

@@ -4,11 +4,11 @@
 
 Three trainers, one after the other: all ranks together on the global batch; every rank by itself,
 as if there were no others, on its share of that batch; and every rank by itself on all of it.  The
-first and the last train the same 20 steps of the run, so their losses differ by rounding alone
-(bfloat16 gradients, summed by ranks or by micro-batches).  Times are medians of TIMED_STEPS steps
-in a row, host-side agreement on the clock included.  On GPUs a trace of rank 0 then tells which
-kernels the ranks add, and how long none runs.  Environment variables override hyperparameters as
-they do for train_gpt.py.
+first and the last train the same 20 batches of the run, so their losses differ by rounding alone
+(bfloat16 gradients, summed by ranks or by micro-batches).  All steps are on whole sequences, unlike
+a run's first ones.  Times are medians of TIMED_STEPS steps in a row, host-side agreement on the
+clock included.  On GPUs a trace of rank 0 then tells which kernels the ranks add, and how long none
+runs.  Environment variables override hyperparameters as they do for train_gpt.py.
 """
 
 from __future__ import annotations

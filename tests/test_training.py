@@ -224,10 +224,13 @@ SCHEDULED: dict[str, Any] = TWO_LAYERS | dict(  # validation, averaging and late
 )
 
 
-@pytest.mark.parametrize(
+short_until = pytest.mark.parametrize(
     ("early", "until"),
     [(0, 0.0), (16, 0.5), (16, 0.8)],  # all whole, longer before late QAT, longer after it
 )
+
+
+@short_until
 def test_no_graph_is_compiled_on_the_clock(
     early: int, until: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -343,10 +346,7 @@ class CapturedRun(Run):
             torch.testing.assert_close(self.stages["trained"][name], weight, msg=name)
 
 
-@pytest.mark.parametrize(
-    ("early", "until"),
-    [(0, 0.0), (16, 0.5), (16, 0.8)],  # all whole, longer before late QAT, longer after it
-)
+@short_until
 def test_graphs_of_one_length_are_not_used_for_another(
     early: int, until: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
