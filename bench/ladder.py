@@ -223,6 +223,12 @@ DESIGN = [
     Row("D", "ON=bare", 0.002, "one layer's attention less; - 4 % a step"),
     Row("D", "ON=cap", -0.001, "published 2 % of the steps, at another bound"),
     Row("D", "ON=loops", -0.004, "published -0.002 to -0.003 at equal time; + 13 % a step"),
+    Row("A", "ON=bare", 0.003, "one layer's attention less; - 4 % a step"),
+    Row("A", "XSA_LAYERS=11", -0.002, "D -0.0033, but +0.0008 after 350 steps"),
+    Row("A", "ON=loops", -0.003, "less than D: 520 looped steps"),
+    Row("A", "ON=lanes", -0.002, "D -0.0028"),
+    Row("A", "EARLY_FRACTION=0.5", -0.002, "D -0.0029, B -0.0032"),
+    Row("A", "ON=cap", -0.001, "as D"),
     # The far ends, which also test what the rest extrapolates
     Row("F", "", 0, "base"),
     Row("F", "MUON_MOMENTUM=0.97", 0, "towards the full batch"),
