@@ -1034,6 +1034,9 @@ def train_tokenizer(
             break
     if case_marks:
         required += CASE_LETTER + CASE_WORD + CASE_ESCAPE
+    # SentencePiece 0.2.2 aborts the process where a required character does not occur.  Each is a
+    # text of its own, so that no two become a pair: the model is the same as without.
+    texts.extend(required)
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(

@@ -571,6 +571,24 @@ def test_a_trained_tokenizer_has_pieces_for_space_and_bytes(spaces: int) -> None
     assert sum(processor.is_byte(i) for i in range(270)) == 256
 
 
+@pytest.mark.parametrize("case_marks", [False, True])
+def test_every_required_character_is_in_the_text_that_trains(
+    monkeypatch: pytest.MonkeyPatch, case_marks: bool
+) -> None:
+    """Else SentencePiece 0.2.2 aborts the process, of which Python learns nothing."""
+    given: dict[str, Any] = {}
+    model = prepare_data.train_tokenizer(DOCUMENTS, 400, 10_000)
+
+    def train(sentence_iterator: Iterator[str], model_writer: io.BytesIO, **options: Any) -> None:
+        given.update(options, text="".join(sentence_iterator))
+        model_writer.write(model)
+
+    monkeypatch.setattr(sentencepiece.SentencePieceTrainer, "train", train)
+    prepare_data.train_tokenizer(["no_space_and_no_capital"], 400, 1_000, case_marks=case_marks)
+    assert len(given["required_chars"]) == (4 if case_marks else 1)
+    assert set(given["required_chars"]) <= set(given["text"])
+
+
 def test_text_with_rare_spaces_is_counted_exactly(tmp_path: Path) -> None:
     line = "\u6e2f\u53e3\u5f88\u5b89\u9759\u3002"
     texts = [line[i % 6 :] * (40 + i) + " \u706f" * (i % 30 == 0) for i in range(60)]
