@@ -3,6 +3,7 @@
     python bench/ladder.py run --seconds 540 --workers 2       # the next rows that fit in the time
     IN_TURN=1 python bench/ladder.py run ...    # of those on a GPU, one trains while others start
     python bench/ladder.py fit                                 # optima, and what they say of 8 GPUs
+    python bench/ladder.py fit --change MUON_MOMENTUM=0.97     # what the law says of one value
     python bench/ladder.py plot                                # the same as a picture
 
 DESIGN holds the rows in order of value: a rung (batch x steps), what a row changes, and the change
@@ -15,6 +16,7 @@ docs/LADDER.md explains the choice of rows and how to read the fit.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import datetime
 import hashlib
@@ -69,6 +71,8 @@ RUNGS = {
     "F": Rung(393_216, 1_600),
     "G": Rung(98_304, 6_400),
 }
+P_TIME = Rung(98_304, 2_600)  # what the card does in 180 s on one GPU
+VERIFICATION = Rung(393_216, 3_200)  # the largest run that two GPUs do in 10 minutes
 OFFICIAL = Rung(786_432, 8_300)
 
 # Every row starts from these, so that a later change of the defaults moves no row.
@@ -726,11 +730,12 @@ def fit_common(samples: Samples, noise: float) -> dict[str, tuple[float, float]]
     return {rung: fit.ratio(1 + i) for i, rung in enumerate(samples.names)}
 
 
-def fit_law(samples: Samples, name: str, noise: float) -> Law | str:
+def law_fit(samples: Samples, noise: float) -> Resampled | str:
     """Least squares over all rows of all rungs: one curvature, and an optimum that follows the law.
 
-    bpb = rung + k (x - best)^2 with best = a + b log(batch) + c log(steps) is linear in k, k a, k b
-    and k c, since the rung's own term takes up k best^2.  No rung is left out for being in doubt.
+    bpb = rung + k (x - best)^2 with best = a + b log(batch) + c log(steps) is linear in k, -2 k a,
+    -2 k b and -2 k c, the first columns, since the rung's own term takes up k best^2.  No rung is
+    left out for being in doubt.
     """
     sizes = [size_logs(RUNGS[rung]) for rung in samples.rungs]
     if len(samples.names) < 3 or np.linalg.matrix_rank([(1.0, *size) for size in sizes]) < 3:
@@ -739,11 +744,34 @@ def fit_law(samples: Samples, name: str, noise: float) -> Law | str:
     x = samples.x
     by_batch, by_steps = np.array(sizes).T
     design = np.stack([x**2, x, x * by_batch, x * by_steps, *samples.levels], axis=1)
-    fit = resampled_fit(design, samples.y, noise)
+    return resampled_fit(design, samples.y, noise)
+
+
+def fit_law(samples: Samples, name: str, noise: float) -> Law | str:
+    """How the optimum of `name` moves with batch and length, or why the rows do not say."""
+    fit = law_fit(samples, noise)
     if isinstance(fit, str):
         return fit
     (a, sd_a), (b, sd_b), (c, sd_c) = fit.ratio(1), fit.ratio(2), fit.ratio(3)
     return Law((base_log(name) + a, b, c), (sd_a, sd_b, sd_c))
+
+
+class Change(NamedTuple):
+    """bpb against the base, with its 95 % interval."""
+
+    best: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.best:+.4f} ({self.low:+.4f} to {self.high:+.4f})"
+
+
+def change_by_law(fit: Resampled, x: float, size: Rung) -> Change:
+    """Of a setting whose logarithm is `x` above the base's, in a run of that size."""
+    terms = np.array([x**2, x, *(x * log for log in size_logs(size))])
+    low, high = np.quantile(terms @ fit.draws[:4], [0.025, 0.975])
+    return Change(float(terms @ fit.best[:4]), float(low), float(high))
 
 
 def fit_setting(
@@ -853,6 +881,36 @@ def fit_report(done: Mapping[str, Record], score: str, noise: float) -> str:
     lines += ["", "*: by the curvature that all rungs have in common."]
     for name, (_, law) in fits.items():
         lines += ["", official_line(name, law)]
+    return "\n".join(lines)
+
+
+def change_report(
+    done: Mapping[str, Record], name: str, value: float, score: str, noise: float
+) -> str:
+    """What the law says of one value of a setting, in Markdown.
+
+    The last rows do without one rung each: a claim that hangs on one of them shows there.
+    """
+    x = SCALES[name].to_log(value) - base_log(name)
+    samples = Samples.of(done, name, score)
+    lines = [f"| {name}={value:g} against {BASE[name]} | by the law | measured |", "|---|---|---|"]
+    fit = law_fit(samples, noise)
+    if isinstance(fit, str):
+        return f"{name}: {fit}"
+    for rung in samples.names:
+        record = done.get(f"{rung} {name}={value:g}")
+        effect = effect_of(done, record, score) if record else None
+        measured = "" if effect is None else f"{effect:+.4f}"
+        law = change_by_law(fit, x, RUNGS[rung])
+        lines.append(f"| {rung}: {RUNGS[rung]} | {law} | {measured} |")
+    sizes = {"P-time": P_TIME, "verification": VERIFICATION, "official": OFFICIAL}
+    for label, size in sizes.items():
+        lines.append(f"| {label}, {size} | {change_by_law(fit, x, size)} | |")
+    for rung in samples.names:
+        others = {key: record for key, record in done.items() if record["rung"] != rung}
+        fit = law_fit(Samples.of(others, name, score), noise)
+        said = fit if isinstance(fit, str) else str(change_by_law(fit, x, OFFICIAL))
+        lines.append(f"| official, without {rung} | {said} | |")
     return "\n".join(lines)
 
 
@@ -971,6 +1029,17 @@ def draw(done: Mapping[str, Record], score: str, noise: float, picture: Path) ->
 # ---- Command line --------------------------------------------------------------------------------
 
 
+def setting_and_value(text: str) -> tuple[str, float]:
+    """Raises what argparse turns into a usage error."""
+    name, _, value = text.partition("=")
+    if name not in SCALES:
+        raise argparse.ArgumentTypeError(f"{text}: fitted are {', '.join(SCALES)}")
+    with contextlib.suppress(ValueError):
+        if math.isfinite(SCALES[name].to_log(float(value))):
+            return name, float(value)
+    raise argparse.ArgumentTypeError(f"{text}: {value!r} is no value of {name}")
+
+
 def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     verbs = parser.add_subparsers(dest="verb", required=True)
@@ -988,6 +1057,8 @@ def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
 
         sub.add_argument("--score", default="averaged", choices=("trained", "averaged", "packed"))
         sub.add_argument("--noise", type=float, default=0.0004, help="bpb, when repeated")
+        if verb == "fit":
+            sub.add_argument("--change", type=setting_and_value, metavar="SETTING=VALUE")
         if verb == "plot":
             sub.add_argument("--picture", type=Path, default=PICTURE)
     options = parser.parse_args(arguments)
@@ -1006,6 +1077,9 @@ def main(arguments: Sequence[str]) -> None:
         run(options)
         return
     done = results(read_records(options.rows), options.corpus)
+    if options.verb == "fit" and options.change:
+        print(change_report(done, *options.change, options.score, options.noise))
+        return
     if options.verb == "fit":
         print(fit_report(done, options.score, options.noise))
         return

@@ -474,6 +474,86 @@ def test_the_design_finds_planted_optima_at_the_official_size(name: str) -> None
     assert within >= 17
 
 
+def planted_change(name: str, value: float, size: ladder.Rung) -> float:
+    """bpb against the base, without noise."""
+    *law, curvature = PLANTED[name]
+    best = ladder.Law((law[0], law[1], law[2]), (0.0, 0.0, 0.0)).at(size)
+    log = ladder.SCALES[name].to_log(value)
+    return curvature * ((log - best) ** 2 - (ladder.base_log(name) - best) ** 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("MUON_MOMENTUM", 0.97), ("MATRIX_LR", 0.042), ("DECAY_PER_RUN", 80.0)]
+)
+def test_a_planted_change_lies_in_its_interval(name: str, value: float) -> None:
+    """Within that of 95 % in at least 17 of 20 worlds, at a measured size and at the official."""
+    sizes = (ladder.RUNGS["B"], ladder.OFFICIAL)
+    within = dict.fromkeys(sizes, 0)
+    x = ladder.SCALES[name].to_log(value) - ladder.base_log(name)
+    for seed in range(20):
+        done = ladder.results(planted_records(seed=seed), "larger")
+        fit = ladder.law_fit(ladder.Samples.of(done, name, "averaged"), NOISE)
+        assert isinstance(fit, ladder.Resampled)
+        for size in sizes:
+            change = ladder.change_by_law(fit, x, size)
+            assert change.low < change.best < change.high < change.low + 0.02
+            within[size] += change.low < planted_change(name, value, size) < change.high
+    assert min(within.values()) >= 17
+
+
+def table_cells(report: str) -> dict[str, list[str]]:
+    """By the first cell of a line; the head is the first."""
+    lines = [line.strip("| ").split(" | ") for line in report.splitlines() if "---" not in line]
+    return {first: [cell.strip(" |") for cell in rest] for first, *rest in lines}
+
+
+def test_the_law_of_one_value_is_told_for_every_size(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = planted_records()
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(old) + "\n" for old in rows))
+    ladder.main(["fit", "--rows", str(file), "--change", "MUON_MOMENTUM=0.97"])
+    cells = table_cells(capsys.readouterr().out)
+    assert next(iter(cells)) == "MUON_MOMENTUM=0.97 against 0.95"
+    done = ladder.results(rows, "larger")
+    for rung, size in ladder.RUNGS.items():
+        effect = done[f"{rung} MUON_MOMENTUM=0.97"]["averaged"] - done[f"{rung} base"]["averaged"]
+        law, measured = cells[f"{rung}: {size}"]
+        assert measured == f"{effect:+.4f}"
+        assert abs(float(law.split()[0]) - effect) < 5 * NOISE
+        assert f"official, without {rung}" in cells
+    others = {key: row for key, row in done.items() if row["rung"] != "G"}
+    fit = ladder.law_fit(ladder.Samples.of(others, "MUON_MOMENTUM", "averaged"), NOISE)
+    assert isinstance(fit, ladder.Resampled)
+    without = ladder.change_by_law(fit, math.log(0.03 / 0.05), ladder.OFFICIAL)
+    assert cells["official, without G"][0] == str(without)
+    assert cells["official, 786,432 x 8,300"][0] != str(without)
+    assert {"P-time, 98,304 x 2,600", "verification, 393,216 x 3,200"} <= cells.keys()
+
+
+def test_a_law_that_hangs_on_one_rung_says_so() -> None:
+    rows = [row for row in planted_records() if row["rung"] in "ABC"]
+    report = ladder.change_report(
+        ladder.results(rows, "larger"), "MATRIX_LR", 0.042, "averaged", NOISE
+    )
+    assert report.count("too few rungs: 2") == 3
+    two = ladder.results([row for row in rows if row["rung"] != "A"], "larger")
+    report = ladder.change_report(two, "MATRIX_LR", 0.042, "averaged", NOISE)
+    assert report.startswith("MATRIX_LR: too few rungs: 2")
+
+
+@pytest.mark.parametrize(
+    "text", ["LR=1", "MATRIX_LR", "MATRIX_LR=0", "MUON_MOMENTUM=1", "MATRIX_LR=inf"]
+)
+def test_a_value_that_no_law_covers_is_refused(
+    text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        ladder.parse_options(["fit", "--change", text])
+    assert text in capsys.readouterr().err
+
+
 def test_the_report_says_what_is_determined_and_what_is_not() -> None:
     flat = {**PLANTED, "DECAY_PER_RUN": (math.log(160), 0.0, 0.0, -0.01)}
     report = ladder.fit_report(ladder.results(planted_records(flat), "larger"), "averaged", NOISE)
