@@ -4,7 +4,8 @@
     python bench/ablate.py "base" "looped (-0.002): ON=loops LOOP_FROM=0.5"
     WORKERS=2 python bench/ablate.py ...   # with two GPUs, each run has one to itself
     WORKERS=3 python bench/ablate.py ...   # with one, they share it: bpb, no step times
-    IN_TURN=1 WORKERS=2 python bench/ablate.py ...   # one warms up while the other trains
+    IN_TURN=1 WORKERS=2 python bench/ablate.py ...   # one warms up while the other trains; a run
+                                                     # that ends by the clock trains alone
 
 Each argument is `name (prediction): KEY=VALUE ...`; the prediction, in packed bpb against the first
 variant, is part of the row, so that it is made before the run.  OFF=a,b leaves out or replaces
@@ -251,16 +252,21 @@ def run_variant(variant: Variant) -> Result:
         replacement = TECHNIQUES[name]
         setattr(replacement.owner, replacement.attribute, replacement.value)
     candidates.install(variant.on)
-    if in_turn():
-        take_turns(turn_file(os.environ.get("CUDA_VISIBLE_DEVICES", "")))
     tg.write_result = lambda *_: None  # a variant is no seed of a submission
     h = with_sample(tg.Hyperparameters.from_env(variant.environment))
+    if in_turn():
+        lock = turn_file(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+        take_turns(lock, alone=ends_by_the_clock(variant))
     result = tg.run(h, tg.Runtime.start(h, {}))
     facts = result.facts
     assert facts, "a run that trains has facts of its training"
     scores = {stage: score.bpb for stage, score in result.scores.items()}
     size = result.bytes_code + result.bytes_model
     return Result(scores, facts.step_avg_ms, facts.step_stop, size, facts.seed)
+
+
+def ends_by_the_clock(variant: Variant) -> bool:
+    return tg.Hyperparameters.from_env(variant.environment).max_wallclock_seconds > 0
 
 
 def in_turn() -> bool:
@@ -273,24 +279,31 @@ def turn_file(gpu: str) -> Path:
     return Path(tempfile.gettempdir(), f"training_of_{os.getuid()}_on_gpu_{gpu}.lock")
 
 
-def take_turns(lock: Path) -> None:
+def take_turns(lock: Path, *, alone: bool) -> None:
     """From now on this process warms up at once, but trains while no other that does so trains.
 
     Start, compilation and scores take 47 of the 106 s of a run of 800 steps, and leave the GPU idle
-    most of the time.
+    most of the time.  A run that ends by the clock would lose steps to others that do them, so it
+    trains `alone`: while none starts or scores either.
     """
     warm_up = tg.Trainer.warm_up
     train = tg.train
     turn = lock.open("w")
+    others = lock.with_suffix(".others").open("w")  # shared by those that start or score
+    fcntl.flock(others, fcntl.LOCK_SH)
 
     def warm_up_and_wait(*arguments: Any) -> None:
         warm_up(*arguments)
+        fcntl.flock(others, fcntl.LOCK_UN)
         fcntl.flock(turn, fcntl.LOCK_EX)
+        if alone:
+            fcntl.flock(others, fcntl.LOCK_EX)
 
     def train_and_give_way(*arguments: Any) -> Any:
         try:
             return train(*arguments)
         finally:
+            fcntl.flock(others, fcntl.LOCK_SH)
             fcntl.flock(turn, fcntl.LOCK_UN)
 
     tg.Trainer.warm_up = warm_up_and_wait
@@ -428,7 +441,8 @@ def main(arguments: list[str], table: Path, workers: int = 1) -> None:
 
     with ThreadPoolExecutor(workers) as pool, ended_by_sigterm(pool, running):
         for variant, result in zip(variants, pool.map(measure, variants), strict=True):
-            line = row(variant, result, base, shared=workers > len(gpus))
+            shared = workers > len(gpus) and not (in_turn() and ends_by_the_clock(variant))
+            line = row(variant, result, base, shared=shared)
             print(line, flush=True)
             with table.open("a") as file:
                 file.write(f"{head}{line}\n")

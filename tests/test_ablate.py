@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pytest
@@ -440,12 +440,13 @@ def test_runs_take_turns_on_their_gpu_where_that_is_asked_for(
     class Started(Exception):
         pass
 
-    def start(h: tg.Hyperparameters) -> None:
+    def start(h: tg.Hyperparameters, runtime: tg.Runtime) -> None:
         raise Started
 
     turns: list[Path] = []
-    monkeypatch.setattr(ablate, "take_turns", turns.append)
-    monkeypatch.setattr(ablate, "with_sample", start)
+    monkeypatch.setattr(ablate, "take_turns", lambda lock, alone: turns.append(lock))
+    monkeypatch.setattr(ablate, "with_sample", lambda h: h)
+    monkeypatch.setattr(tg, "run", start)
     monkeypatch.setattr(tg, "write_result", tg.write_result)  # put back after the test
     monkeypatch.delenv("IN_TURN", raising=False)
     if asked:
@@ -477,7 +478,7 @@ def test_a_run_warms_up_at_once_and_trains_when_the_other_has(
     trainer = tg.Trainer.__new__(tg.Trainer)
     monkeypatch.setattr(tg.Trainer, "warm_up", lambda *_: warm.set())
     monkeypatch.setattr(tg, "train", train)
-    ablate.take_turns(tmp_path / "lock")
+    ablate.take_turns(tmp_path / "lock", alone=False)
     this = threading.Thread(target=run)
     with (tmp_path / "lock").open("w") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
@@ -489,6 +490,60 @@ def test_a_run_warms_up_at_once_and_trains_when_the_other_has(
         this.join(60)
         assert events == ["train"]
         fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)  # it has given way
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_run_by_the_clock_trains_while_no_other_starts_or_scores(
+    alone: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warm, training, done = threading.Event(), threading.Event(), threading.Event()
+
+    def train(trainer: Any) -> None:
+        trainer.warm_up(None)
+        training.set()
+        assert done.wait(60)
+
+    def is_locked(file: IO[str], how: int) -> bool:
+        try:
+            fcntl.flock(file, how | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        fcntl.flock(file, fcntl.LOCK_UN)
+        return False
+
+    trainer = tg.Trainer.__new__(tg.Trainer)
+    monkeypatch.setattr(tg.Trainer, "warm_up", lambda *_: warm.set())
+    monkeypatch.setattr(tg, "train", train)
+    with (tmp_path / "turn.others").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_SH)  # it starts, or it scores
+        ablate.take_turns(tmp_path / "turn.lock", alone=alone)
+        this = threading.Thread(target=lambda: tg.train(trainer))
+        this.start()
+        assert warm.wait(60)
+        assert training.wait(0.3) != alone
+        fcntl.flock(other, fcntl.LOCK_UN)
+        assert training.wait(60)
+        assert is_locked(other, fcntl.LOCK_SH) == alone, "another may not start meanwhile"
+        done.set()
+        this.join(60)
+        assert not is_locked(other, fcntl.LOCK_SH)
+        assert is_locked(other, fcntl.LOCK_EX), "it scores"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "asked", "shown"), [("0", "1", "-"), ("60", "0", "-"), ("60", "1", "72.0")]
+)
+def test_step_times_are_shown_where_a_run_trained_alone(
+    seconds: str, asked: str, shown: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = {"trained": 1.2, "averaged": 1.2, "packed": 1.2}
+    result = ablate.Result(scores, 72.0, 800, 15_900_000, 1337)
+    monkeypatch.setattr(ablate, "in_a_process", lambda *_: result)
+    monkeypatch.setattr(ablate, "gpus_of", lambda env: (["0"], "a GPU"))
+    monkeypatch.setenv("IN_TURN", asked)
+    ablate.main([f"base: MAX_WALLCLOCK_SECONDS={seconds}"], tmp_path / "TABLE.md", workers=2)
+    cells = (tmp_path / "TABLE.md").read_text().splitlines()[-1].split(" | ")
+    assert cells[-4] == shown
 
 
 def test_sigterm_keeps_the_row_under_way_and_starts_no_other(small: Path) -> None:
