@@ -4,8 +4,7 @@
     python bench/ablate.py "base" "looped (-0.002): ON=loops LOOP_FROM=0.5"
     WORKERS=2 python bench/ablate.py ...   # with two GPUs, each run has one to itself
     WORKERS=3 python bench/ablate.py ...   # with one, they share it: bpb, no step times
-    IN_TURN=1 WORKERS=2 python bench/ablate.py ...   # one warms up while the other trains; a run
-                                                     # that ends by the clock trains alone
+    IN_TURN=1 WORKERS=2 python bench/ablate.py ...   # one warms up while another trains (turns.py)
 
 Each argument is `name (prediction): KEY=VALUE ...`; the prediction, in packed bpb against the first
 variant, is part of the row, so that it is made before the run.  OFF=a,b leaves out or replaces
@@ -23,7 +22,6 @@ order of the arguments, each as soon as it can be; a run that fails gets a row t
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import json
 import os
 import re
@@ -37,7 +35,7 @@ from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -47,6 +45,7 @@ from torch import Tensor
 
 import candidates
 import train_gpt as tg
+import turns
 from candidates import Candidate, Mistake, Replacement
 from prepare_data import with_sample
 
@@ -255,8 +254,7 @@ def run_variant(variant: Variant) -> Result:
     tg.write_result = lambda *_: None  # a variant is no seed of a submission
     h = with_sample(tg.Hyperparameters.from_env(variant.environment))
     if in_turn():
-        lock = turn_file(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
-        take_turns(lock, alone=ends_by_the_clock(variant))
+        turns.take_turns(turns.turn_files(os.environ))
     result = tg.run(h, tg.Runtime.start(h, {}))
     facts = result.facts
     assert facts, "a run that trains has facts of its training"
@@ -272,42 +270,6 @@ def ends_by_the_clock(variant: Variant) -> bool:
 def in_turn() -> bool:
     """Whether runs that share a GPU are to train one after the other."""
     return os.environ.get("IN_TURN", "0") != "0"
-
-
-def turn_file(gpu: str) -> Path:
-    """What a user's runs on that GPU lock while they train; it is unlocked when a run dies."""
-    return Path(tempfile.gettempdir(), f"training_of_{os.getuid()}_on_gpu_{gpu}.lock")
-
-
-def take_turns(lock: Path, *, alone: bool) -> None:
-    """From now on this process warms up at once, but trains while no other that does so trains.
-
-    Start, compilation and scores take 47 of the 106 s of a run of 800 steps, and leave the GPU idle
-    most of the time.  A run that ends by the clock would lose steps to others that do them, so it
-    trains `alone`: while none starts or scores either.
-    """
-    warm_up = tg.Trainer.warm_up
-    train = tg.train
-    turn = lock.open("w")
-    others = lock.with_suffix(".others").open("w")  # shared by those that start or score
-    fcntl.flock(others, fcntl.LOCK_SH)
-
-    def warm_up_and_wait(*arguments: Any) -> None:
-        warm_up(*arguments)
-        fcntl.flock(others, fcntl.LOCK_UN)
-        fcntl.flock(turn, fcntl.LOCK_EX)
-        if alone:
-            fcntl.flock(others, fcntl.LOCK_EX)
-
-    def train_and_give_way(*arguments: Any) -> Any:
-        try:
-            return train(*arguments)
-        finally:
-            fcntl.flock(others, fcntl.LOCK_SH)
-            fcntl.flock(turn, fcntl.LOCK_UN)
-
-    tg.Trainer.warm_up = warm_up_and_wait
-    tg.train = train_and_give_way
 
 
 def folder_of(variant: Variant) -> str:

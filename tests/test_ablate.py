@@ -1,15 +1,13 @@
 """bench/ablate.py: what is asked for is run, and every run leaves a row."""
 
-import fcntl
 import os
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +19,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(REPO / "bench"))
 import ablate
+import turns
 
 BASE = ablate.Result({"trained": 1.21, "averaged": 1.2, "packed": 1.205}, 70.0, 10, 123_456, 1)
 
@@ -443,8 +442,8 @@ def test_runs_take_turns_on_their_gpu_where_that_is_asked_for(
     def start(h: tg.Hyperparameters, runtime: tg.Runtime) -> None:
         raise Started
 
-    turns: list[Path] = []
-    monkeypatch.setattr(ablate, "take_turns", lambda lock, alone: turns.append(lock))
+    locked: list[Path] = []
+    monkeypatch.setattr(turns, "take_turns", locked.extend)
     monkeypatch.setattr(ablate, "with_sample", lambda h: h)
     monkeypatch.setattr(tg, "run", start)
     monkeypatch.setattr(tg, "write_result", tg.write_result)  # put back after the test
@@ -455,79 +454,7 @@ def test_runs_take_turns_on_their_gpu_where_that_is_asked_for(
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpu)
         with pytest.raises(Started):
             ablate.run_variant(ablate.parse("base"))
-    assert len(set(turns)) == (2 if asked == "1" else 0), "a file for each GPU"
-
-
-@pytest.mark.parametrize("fails", [False, True])
-def test_a_run_warms_up_at_once_and_trains_when_the_other_has(
-    fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    events = []
-    warm = threading.Event()
-
-    def train(trainer: Any) -> None:
-        trainer.warm_up(None)
-        events.append("train")
-        if fails:
-            raise tg.RunError("loss is nan")
-
-    def run() -> None:
-        with suppress(tg.RunError):
-            tg.train(trainer)
-
-    trainer = tg.Trainer.__new__(tg.Trainer)
-    monkeypatch.setattr(tg.Trainer, "warm_up", lambda *_: warm.set())
-    monkeypatch.setattr(tg, "train", train)
-    ablate.take_turns(tmp_path / "lock", alone=False)
-    this = threading.Thread(target=run)
-    with (tmp_path / "lock").open("w") as other:
-        fcntl.flock(other, fcntl.LOCK_EX)
-        this.start()
-        assert warm.wait(60)
-        time.sleep(0.2)
-        assert events == []  # not yet
-        fcntl.flock(other, fcntl.LOCK_UN)
-        this.join(60)
-        assert events == ["train"]
-        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)  # it has given way
-
-
-@pytest.mark.parametrize("alone", [True, False])
-def test_a_run_by_the_clock_trains_while_no_other_starts_or_scores(
-    alone: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    warm, training, done = threading.Event(), threading.Event(), threading.Event()
-
-    def train(trainer: Any) -> None:
-        trainer.warm_up(None)
-        training.set()
-        assert done.wait(60)
-
-    def is_locked(file: IO[str], how: int) -> bool:
-        try:
-            fcntl.flock(file, how | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        fcntl.flock(file, fcntl.LOCK_UN)
-        return False
-
-    trainer = tg.Trainer.__new__(tg.Trainer)
-    monkeypatch.setattr(tg.Trainer, "warm_up", lambda *_: warm.set())
-    monkeypatch.setattr(tg, "train", train)
-    with (tmp_path / "turn.others").open("w") as other:
-        fcntl.flock(other, fcntl.LOCK_SH)  # it starts, or it scores
-        ablate.take_turns(tmp_path / "turn.lock", alone=alone)
-        this = threading.Thread(target=lambda: tg.train(trainer))
-        this.start()
-        assert warm.wait(60)
-        assert training.wait(0.3) != alone
-        fcntl.flock(other, fcntl.LOCK_UN)
-        assert training.wait(60)
-        assert is_locked(other, fcntl.LOCK_SH) == alone, "another may not start meanwhile"
-        done.set()
-        this.join(60)
-        assert not is_locked(other, fcntl.LOCK_SH)
-        assert is_locked(other, fcntl.LOCK_EX), "it scores"
+    assert len(set(locked)) == (2 if asked == "1" else 0), "a file for each GPU"
 
 
 @pytest.mark.parametrize(
