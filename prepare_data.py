@@ -17,7 +17,7 @@ it appears by a rename, and a lock per root makes concurrent commands take turns
 `text` reads UTF-8, and UTF-16 or UTF-32 that can be told for certain, plain or packed by gzip, xz,
 bzip2 or zstd. A file is one document, or several between `<|endoftext|>` and its like or NUL bytes;
 JSON lines and a JSON array are a document an item. Near-identical documents stay on one side of the
-split. All text is held in memory: @@LIMIT@@
+split. All text is held in memory.
 
 With `--case-marks` the text is marked before it is encoded: mark_case() has the rules. Bytes stay
 those of the original text. `fineweb` then decodes the published shards and writes its own.

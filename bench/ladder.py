@@ -1048,7 +1048,9 @@ def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
         sub.add_argument("--rows", type=Path, default=ROWS_FILE, help="the rows file")
         sub.add_argument("--corpus", default="larger", help="name of the corpus")
         if verb == "run":
-            sub.add_argument("--seconds", type=float, required=True, help="start no row beyond")
+            sub.add_argument(
+                "--seconds", type=float, required=True, help="start no row that would end later"
+            )
             sub.add_argument("--workers", type=int, default=1, help="rows at once, over all GPUs")
             sub.add_argument("--only", default="", help="regular expression over the ids")
             sub.add_argument("--again", action="store_true", help="try failed rows again")
@@ -1056,9 +1058,14 @@ def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
             continue
 
         sub.add_argument("--score", default="averaged", choices=("trained", "averaged", "packed"))
-        sub.add_argument("--noise", type=float, default=0.0004, help="bpb, when repeated")
+        sub.add_argument(
+            "--noise", type=float, default=0.0004, help="bpb by which a repeat differs"
+        )
         if verb == "fit":
-            sub.add_argument("--change", type=setting_and_value, metavar="SETTING=VALUE")
+            change = "what the law says of this value, size by size"
+            sub.add_argument(
+                "--change", type=setting_and_value, metavar="SETTING=VALUE", help=change
+            )
         if verb == "plot":
             sub.add_argument("--picture", type=Path, default=PICTURE)
     options = parser.parse_args(arguments)

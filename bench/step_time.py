@@ -2,11 +2,12 @@
 
     python bench/step_time.py [OUT.json]          # about a minute on one H100, warm cache
 
-Shape: one rank's share of the submitted run, 48 x 2048 tokens a step; environment variables
-override hyperparameters as they do for train_gpt.py.  Times are medians of 20 calls in a row by
-CUDA events.  Forward and forward + backward are launched kernel by kernel; `graph` is the CUDA
-graph of both that training replays.  The optimizer's time is the step's less the graph's; the host
-gap is the time in a trace of ten steps in a row in which no kernel ran.
+Shape: one rank's share of the submitted run, 48 x 2048 tokens a step, and one row for its short
+sequences, 96 x 1024; environment variables override hyperparameters as they do for train_gpt.py.
+Times are medians of 20 calls in a row by CUDA events.  Forward and forward + backward are launched
+kernel by kernel; `graph` is the CUDA graph of both that training replays.  The optimizer's time is
+the step's less the graph's; the host gap is the time in a trace of ten steps in a row in which no
+kernel ran.
 """
 
 from __future__ import annotations
