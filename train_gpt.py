@@ -158,7 +158,10 @@ def of_model(default: T, low: float = 0, high: float = math.inf) -> T:
 
 
 def label(default: T, low: float = 0, high: float = math.inf, choices: tuple[str, ...] = ()) -> T:
-    """It names, places or reports a run.  Results that differ in it merge: data have digests."""
+    """It names, places or reports a run.
+
+    Results that differ in it are merged as seeds: data are told apart by digests, not by paths.
+    """
     return setting(default, low, high, choices=choices, per_run=True, trains=False)
 
 
@@ -1118,7 +1121,7 @@ def has_previous(inputs_BT: Tensor) -> Tensor:
 
 
 def smear_factor(x_BTD: Tensor, token_C: Tensor) -> Tensor:
-    """(B, T, 1), 1 at first: how much more or less this token takes (modded-nanogpt)."""
+    """(B, T, 1), 1 at first: how much of the one before a token takes (modded-nanogpt)."""
     return 2 * torch.sigmoid(x_BTD[..., : len(token_C)] @ token_C)[..., None]
 
 
@@ -1364,7 +1367,7 @@ def linear_relu2_kernel(  # type: ignore[no-untyped-def]
 def linear_relu2(
     a_MK: Tensor, b_NK: Tensor, scale_M: Tensor, slope: float, post_MN: Tensor | None = None
 ) -> Tensor:
-    """leaky_relu(a b^T scale)^2; given that as `post`, instead a b^T scale times the derivative."""
+    """leaky_relu(a b^T scale)^2 or, given such a square as `post`, a b^T scale derivative."""
     out_MN = a_MK.new_empty(len(a_MK), len(b_NK))
     tiling = RELU2_TILING
 
@@ -1926,7 +1929,7 @@ def attention_error(h: Hyperparameters, attend: Attend, device: torch.device) ->
 # GPTQ-lite (pg#414) is what remains for a row whose largest weight is out of the code range at that
 # step: its scale is raised, and of a few clips the one with the least cost is taken.
 CLIP_RATIOS = (1.0, 0.92, 0.84, 0.75, 0.6)  # of the row's largest magnitude
-ZSTD_OVERHEAD = 1.013  # bytes over the codes' entropy: what late QAT expects, the exporter measures
+ZSTD_OVERHEAD = 1.013  # zstd's bytes by the codes' entropy, as late QAT and the first trial expect
 
 
 def matrices(w: Tensor) -> Tensor:
@@ -2053,7 +2056,7 @@ def seq_len_at(h: Hyperparameters, progress: float) -> int:
 
 
 def seq_lens(h: Hyperparameters) -> list[int]:
-    """The length at the start of a run and TRAIN_SEQ_LEN, once if they are the same."""
+    """The length at the start of a run, then TRAIN_SEQ_LEN; one if they are the same."""
     return sorted({seq_len_at(h, 0.0), h.train_seq_len})
 
 
@@ -2296,8 +2299,8 @@ class Optimizer:
     """Muon on the banks, sharded over ranks; AdamW on the rest, the same on every rank.
 
     float32 masters live here and the model holds working weights, which `write_back` makes from
-    them.  Gradients are summed over ranks here too, without a DDP wrapper.  On CUDA the masters
-    start from weights already rounded to bfloat16, as do all ranks.
+    them.  Gradients are summed over ranks here too, without a DDP wrapper.  On CUDA the masters of
+    every rank start from weights already rounded to bfloat16.
     """
 
     def __init__(self, model: GPT, h: Hyperparameters, runtime: Runtime):
@@ -2360,7 +2363,7 @@ class Optimizer:
         return (self.runtime.sum(norms.square().sum()) + self.small.grad.square().sum()).sqrt()
 
     def clip_factor(self, norm: Tensor) -> Tensor:
-        """At most 1; an infinite norm gives inf / inf, which becomes 0, as nothing moves then."""
+        """At most 1, and 0 for an infinite norm, where nothing may move: inf / inf counts as 0."""
         most = self.h.grad_clip_norm or math.inf
         return (most / (norm + 1e-6)).clamp(max=1.0).nan_to_num()
 
@@ -3191,8 +3194,8 @@ class Trainer:
         self.loss = runtime.compile(loss_share)
         self.seq_len = h.train_seq_len  # of the steps from now on
         self.graph_pool = torch.cuda.graph_pool_handle() if runtime.on_cuda else None
-        # By the plan of the model's layers, as bench/candidates.py changes it on the way, and by
-        # `seq_len`.
+        # By the plan of the model's layers, which candidates of bench/candidates.py change in the
+        # run, and by `seq_len`.
         self.graphs = collections.defaultdict[tuple[Plan, int], StepGraphs](StepGraphs)
         self.qat_steps = 0
         self.graphs_warmed_up = 0  # compiled by the end of the warm-up
@@ -3276,9 +3279,9 @@ class Trainer:
         self.graphs_warmed_up = graphs_compiled()
 
     def warm_up_steps(self, generator: torch.Generator) -> None:
-        """Of every length, TRAIN_SEQ_LEN last.
+        """Steps on sequences of every length, those of TRAIN_SEQ_LEN last.
 
-        All are launched before the first is captured, as its graph keeps its memory from then on.
+        All are launched before the first is captured, as a graph keeps its memory from then on.
         """
         h = self.h
         shape = (self.layout.local, h.train_seq_len + 1)
@@ -3459,7 +3462,7 @@ def ending_signals() -> list[signal.Signals]:
     return [number for number in signals if signal.getsignal(number) != signal.SIG_IGN]
 
 
-ASK_SECONDS = 5.0  # of the clock, between two looks at the signals of all ranks; torchrun gives 30
+ASK_SECONDS = 5.0  # of the clock, between looks at signals of all ranks; torchrun kills after 30
 
 
 @contextlib.contextmanager
@@ -3688,7 +3691,7 @@ class RunFiles:
 
     def check_space(self) -> None:
         """Raises RunError if what a training run writes does not fit on the disk."""
-        # Two stages in float32; the artifact, of a byte a code at most; the log and the results.
+        # Two stages in float32; the artifact, of 2 bytes a weight at most; the log and the results.
         artifact = min(self.h.artifact_bytes, 2 * self.h.parameters())
         needed = 8 * self.h.parameters() + artifact + 2_000_000
         disk = shutil.disk_usage(self.folder)  # all zeros: it does not tell
