@@ -1367,7 +1367,7 @@ def linear_relu2_kernel(  # type: ignore[no-untyped-def]
 def linear_relu2(
     a_MK: Tensor, b_NK: Tensor, scale_M: Tensor, slope: float, post_MN: Tensor | None = None
 ) -> Tensor:
-    """leaky_relu(a b^T scale)^2 or, given such a square as `post`, a b^T scale derivative."""
+    """leaky_relu(a b^T scale)^2; given that as `post`, instead a b^T scale times the derivative."""
     out_MN = a_MK.new_empty(len(a_MK), len(b_NK))
     tiling = RELU2_TILING
 
