@@ -117,6 +117,18 @@ def file_digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+read_once = functools.cache(Path.read_bytes)
+
+
+def own_code() -> bytes:
+    """This file as the run's first look found it: it may be edited or deleted on the way."""
+    return read_once(SOURCE)
+
+
+def own_digest() -> str:
+    return hashlib.sha256(own_code()).hexdigest()
+
+
 def require(holds: object, message: str) -> None:
     if not holds:
         raise RunError(message)
@@ -571,7 +583,7 @@ def same_on_all_ranks(h: Hyperparameters) -> dict[str, Any]:
            "resume_from")  # fmt: skip
     values = {name.upper(): value for name, value in asdict(h).items() if name not in own}
     values["EVAL_ONLY"] = bool(h.eval_only)  # the file itself is read by rank 0
-    return values | {"SHA-256 of train_gpt.py": file_digest(SOURCE)}
+    return values | {"SHA-256 of train_gpt.py": own_digest()}
 
 
 def launch_of(env: Mapping[str, str]) -> tuple[int, int, int]:
@@ -3123,7 +3135,7 @@ def batch_layout(h: Hyperparameters, world_size: int) -> BatchLayout:
 
 def weight_budget(h: Hyperparameters) -> int:
     """Bytes that the cap leaves to the packed weights; the rest is this file's code."""
-    return h.artifact_bytes - SOURCE.stat().st_size
+    return h.artifact_bytes - len(own_code())
 
 
 def load_model(
@@ -3607,7 +3619,7 @@ def training_facts(
         train_shards=len(plan.shards),
         train_tokens=sum(map(len, plan.shards)),
         train_digest=plan.digest,
-        code_sha256=file_digest(SOURCE),
+        code_sha256=own_digest(),
         final_train_loss=losses.latest[-1] if losses.latest else None,
         interrupted=interrupted,
         graphs_compiled_on_clock=graphs_compiled() - trainer.graphs_warmed_up,
@@ -3754,7 +3766,7 @@ def run(h: Hyperparameters, runtime: Runtime, checkpoint: Checkpoint | None = No
                 write_artifact(session, stages, facts.grid_step)
         with resumable(session):
             bytes_model = score_from_disk(session, scores)
-            result = RunResult(scores, facts, SOURCE.stat().st_size, bytes_model)
+            result = RunResult(scores, facts, len(own_code()), bytes_model)
             if runtime.rank == 0:
                 report(session, result)
         return result
@@ -3796,7 +3808,7 @@ def open_session(h: Hyperparameters, runtime: Runtime, files: RunFiles) -> Sessi
     facts = same_on_all_ranks(h) | {"SHA-256 of the validation tokens": evaluator.val_digest}
     runtime.check_alike(facts)
     settings = json.dumps(asdict(h), indent=1)
-    head = f"{SOURCE.read_text()}\n{'=' * 80}\n{settings}\n"
+    head = f"{own_code().decode()}\n{'=' * 80}\n{settings}\n"
     log = RunLog(files.log if runtime.rank == 0 else None, head)
     environment = environment_facts(runtime)
     log(json.dumps(environment))
@@ -4002,7 +4014,7 @@ def write_result(session: Session, result: RunResult, facts: TrainingFacts) -> N
     # Results whose recipes are equal are merged as seeds.  Data are told apart by content.
     recipe = {name: getattr(h, name) for name in same_for_all_seeds} | {
         "code": facts.code_sha256,
-        "packing_code": file_digest(SOURCE),
+        "packing_code": own_digest(),
         "dataset": session.evaluator.dataset,
         "train_tokens": facts.train_tokens,
         "train_digest": facts.train_digest,
@@ -4062,6 +4074,7 @@ def main() -> None:
     try:
         for number in ending_signals():  # outside of training each of them is a Ctrl-C
             signal.signal(number, interrupt)
+        own_code()  # read before reading the data takes its time
         resumes = bool(os.environ.get("RESUME_FROM"))
         settings_from = settings_of_process if resumes else Hyperparameters.from_env
         h = settings_from(os.environ)

@@ -231,6 +231,31 @@ def test_the_record_states_the_code_that_trained(data: dict[str, Any], tmp_path:
     assert result["bytes_code"] == SCRIPT.stat().st_size
 
 
+@pytest.mark.parametrize("becomes", [None, b"edited = True\n"])
+def test_a_program_that_is_edited_or_deleted_on_the_way_is_recorded_as_it_ran(
+    becomes: bytes | None, data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "source.py"
+    source.write_bytes(SCRIPT.read_bytes() + b"# one of its own\n")
+    as_it_ran = source.read_bytes()
+    step = train_gpt.Trainer.train_step
+
+    def changes_it(self: train_gpt.Trainer, *arguments: Any, **options: Any) -> Any:
+        source.write_bytes(becomes) if becomes else source.unlink(missing_ok=True)
+        return step(self, *arguments, **options)
+
+    monkeypatch.setattr(train_gpt, "SOURCE", source)
+    monkeypatch.setattr(train_gpt.Trainer, "warm_up", lambda self, evaluator: None)
+    monkeypatch.setattr(train_gpt.Trainer, "train_step", changes_it)
+    run_here(data, tmp_path)
+    result = result_in(tmp_path)
+    digest = hashlib.sha256(as_it_ran).hexdigest()
+    recipe = result["recipe"]
+    assert result["code_sha256"] == recipe["code"] == recipe["packing_code"] == digest
+    assert result["bytes_code"] == len(as_it_ran)
+    assert (tmp_path / "train.log").read_bytes().startswith(as_it_ran)
+
+
 def test_the_record_states_the_data_that_trained(data: dict[str, Any], tmp_path: Path) -> None:
     """And the validation split that was scored, which may be another one."""
     run_here(data, tmp_path / "out")
