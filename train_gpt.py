@@ -3516,6 +3516,13 @@ class TrainingFacts:
         return " ".join(f"{name}:{value}" for name, value in asdict(self).items() if value != "")
 
 
+def warm_up(trainer: Trainer, evaluator: Evaluator, log: RunLog) -> None:
+    """Outside of `received_signals`: there is nothing to save yet."""
+    began = time.perf_counter()
+    trainer.warm_up(evaluator)
+    log(f"warm-up:{time.perf_counter() - began:.1f}s graphs:{graphs_compiled()}")
+
+
 def train(
     h: Hyperparameters,
     runtime: Runtime,
@@ -3523,11 +3530,9 @@ def train(
     evaluator: Evaluator,
     trainer: Trainer,
     plan: BatchPlan,
+    signals: list[int],
 ) -> tuple[Stages, TrainingFacts]:
-    """Warm-up, then the loop under the clock."""
-    began = time.perf_counter()
-    trainer.warm_up(evaluator)
-    log(f"warm-up:{time.perf_counter() - began:.1f}s graphs:{graphs_compiled()}")
+    """The loop under the clock, after the warm-up; `signals` are those of `received_signals`."""
     optimizer = trainer.optimizer
     loader = prefetch(plan, trainer.rows, h.vocab_size, runtime.device)
     clock = Clock(runtime)
@@ -3539,44 +3544,43 @@ def train(
     asked = 0.0  # when the other ranks were last asked for signals
     data_fault = ""
 
-    with received_signals() as signals:
-        runtime.agree_on(None)  # all ranks are ready
-        clock.start()
-        while step < h.iterations and not losses.fault:
-            # All ranks follow rank 0's clock.  Of the two steps that it projects, one is margin.
-            end, elapsed, interrupted = runtime.agree_on(
-                (losses.projected_end(2), clock.elapsed(), bool(signals))
-            )
-            if elapsed - asked > ASK_SECONDS:  # a node can be stopped by itself
-                asked = elapsed
-                interrupted = any(runtime.gather(interrupted or bool(signals)))
-            out_of_time = 0 < h.max_wallclock_seconds < end
-            if step > 0 and (interrupted or out_of_time):
-                break
+    runtime.agree_on(None)  # all ranks are ready
+    clock.start()
+    while step < h.iterations and not losses.fault:
+        # All ranks follow rank 0's clock.  Of the two steps that it projects, one is margin.
+        end, elapsed, interrupted = runtime.agree_on(
+            (losses.projected_end(2), clock.elapsed(), bool(signals))
+        )
+        if elapsed - asked > ASK_SECONDS:  # a node can be stopped by itself
+            asked = elapsed
+            interrupted = any(runtime.gather(interrupted or bool(signals)))
+        out_of_time = 0 < h.max_wallclock_seconds < end
+        if step > 0 and (interrupted or out_of_time):
+            break
 
-            if h.val_loss_every and step and step % h.val_loss_every == 0:
-                validate(step, evaluator, trainer.model, losses, lines)
+        if h.val_loss_every and step and step % h.val_loss_every == 0:
+            validate(step, evaluator, trainer.model, losses, lines)
 
-            batch = next(loader)
-            now = plan_step(h, step, elapsed, progress)
-            progress = now.progress
-            step += 1
-            switch_on(trainer, now, step, log)
-            lr = now.lr * lr_warmup(h, step)
-            loss = trainer.train_step(batch.tokens, lr, now.decay, spoiled=bool(batch.fault))
-            data_fault = data_fault or batch.fault
-            if now.lr < h.swa_threshold:
-                trainer.average.update(optimizer.masters())
-            losses.push(step, loss)
-        losses.land()
-        clock.stop()
+        batch = next(loader)
+        now = plan_step(h, step, elapsed, progress)
+        progress = now.progress
+        step += 1
+        switch_on(trainer, now, step, log)
+        lr = now.lr * lr_warmup(h, step)
+        loss = trainer.train_step(batch.tokens, lr, now.decay, spoiled=bool(batch.fault))
+        data_fault = data_fault or batch.fault
+        if now.lr < h.swa_threshold:
+            trainer.average.update(optimizer.masters())
+        losses.push(step, loss)
+    losses.land()
+    clock.stop()
 
-        loader.close()
-        data_faults = [fault for fault in runtime.gather(data_fault) if fault]
-        losses.fault = data_faults[0] if data_faults else losses.fault
-        facts = training_facts(trainer, plan, clock, losses, step, interrupted)
-        log(f"training {facts}")
-        return trainer.stages(), facts
+    loader.close()
+    data_faults = [fault for fault in runtime.gather(data_fault) if fault]
+    losses.fault = data_faults[0] if data_faults else losses.fault
+    facts = training_facts(trainer, plan, clock, losses, step, interrupted)
+    log(f"training {facts}")
+    return trainer.stages(), facts
 
 
 def switch_on(trainer: Trainer, now: StepPlan, step: int, log: RunLog) -> None:
@@ -3857,8 +3861,13 @@ def train_and_save(session: Session) -> Checkpoint:
     plan = BatchPlan(shards, h.train_seq_len, h.train_batch_tokens // h.train_seq_len, h.seed)
     session.runtime.check_alike({"SHA-256 of the training tokens": plan.digest})
     trainer = Trainer(h, session.runtime, session.kernels)
-    stages, facts = train(h, session.runtime, session.log, session.evaluator, trainer, plan)
-    with received_signals() as late:  # torchrun sends a Ctrl-C twice
+    warm_up(trainer, session.evaluator, session.log)
+    with received_signals() as signals:  # torchrun sends a Ctrl-C twice
+        stages, facts = train(
+            h, session.runtime, session.log, session.evaluator, trainer, plan, signals
+        )
+        if h.on_interrupt == "finish":  # as it does, also where the loop no longer looked
+            signals.clear()
         finite = all(bool(w.isfinite().all()) for w in stages["averaged"].values())
         if session.runtime.rank == 0 and finite:
             goes_on = not facts.fault and (not facts.interrupted or h.on_interrupt == "finish")
@@ -3874,7 +3883,7 @@ def train_and_save(session: Session) -> Checkpoint:
             message = f"interrupted at step {facts.step_stop}: {lost}"
         raise RunError(message)
     with resumable(session):
-        if late and not facts.interrupted:
+        if signals and not facts.interrupted:  # after the loop had looked for the last time
             raise KeyboardInterrupt
     return Checkpoint(stages, facts)
 

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from small_run import (
     check_one_error,
     check_whole,
@@ -365,6 +366,69 @@ def test_a_signal_in_training_saves_what_is_trained(
     saved = tmp_path / "final_model.partial.pt"
     assert message == f"interrupted at step 3: RESUME_FROM={saved} scores it"
     assert saved.stat().st_size > 0
+
+
+def struck_in_the_last_step(patch: pytest.MonkeyPatch) -> None:
+    struck_in_step(patch, signal.SIGTERM, when=6)
+
+
+def struck_while_weights_are_gathered(patch: pytest.MonkeyPatch) -> None:
+    stages = train_gpt.Trainer.stages
+
+    def struck(self: train_gpt.Trainer) -> train_gpt.Stages:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return stages(self)
+
+    patch.setattr(train_gpt.Trainer, "stages", struck)
+
+
+def struck_before_weights_are_saved(patch: pytest.MonkeyPatch) -> None:
+    train = train_gpt.train
+
+    def struck(*arguments: Any) -> Any:
+        trained = train(*arguments)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return trained
+
+    patch.setattr(train_gpt, "train", struck)
+
+
+AT_THE_END = [
+    struck_in_the_last_step, struck_while_weights_are_gathered, struck_before_weights_are_saved
+]  # fmt: skip
+
+
+@pytest.mark.usefixtures("own_signals")
+@pytest.mark.parametrize("strike", AT_THE_END)
+def test_a_signal_at_the_end_of_training_ends_the_run_with_whole_weights(
+    strike: Callable[[pytest.MonkeyPatch], None],
+    data: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The loop has looked for signals for the last time."""
+    signal.signal(signal.SIGTERM, train_gpt.interrupt)  # as main sets it
+    strike(monkeypatch)
+    message = refusal(run_here, data, tmp_path)
+    saved = tmp_path / "final_model.partial.pt"
+    assert message == f"interrupted: RESUME_FROM={saved} packs and scores it"
+    facts = torch.load(saved, weights_only=True)["facts"]
+    assert facts["step_stop"] == 6 and not facts["interrupted"]
+
+
+@pytest.mark.usefixtures("own_signals")
+@pytest.mark.parametrize("strike", AT_THE_END)
+def test_a_signal_at_the_end_of_training_may_finish_the_run(
+    strike: Callable[[pytest.MonkeyPatch], None],
+    data: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    signal.signal(signal.SIGTERM, train_gpt.interrupt)
+    strike(monkeypatch)
+    result = run_here(data, tmp_path, on_interrupt="finish")
+    assert result.facts and not result.facts.interrupted
+    check_whole(tmp_path)
 
 
 @pytest.mark.usefixtures("own_signals")

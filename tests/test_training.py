@@ -93,9 +93,12 @@ class Run:
         log = train_gpt.RunLog(folder / "train.log")
         self.trainer = new_trainer(h, runtime)
         evaluator = new_evaluator(h, runtime)
-        self.stages, self.facts = train_gpt.train(
-            h, runtime, log, evaluator, self.trainer, new_plan(h, folder)
-        )
+        plan = new_plan(h, folder)
+        train_gpt.warm_up(self.trainer, evaluator, log)
+        with train_gpt.received_signals() as signals:
+            self.stages, self.facts = train_gpt.train(
+                h, runtime, log, evaluator, self.trainer, plan, signals
+            )
         self.lines = (folder / "train.log").read_text().splitlines()
 
 
