@@ -305,6 +305,8 @@ class Hyperparameters:
             else:
                 low, high = field.metadata["low"], field.metadata["high"]
                 self.check(field.name, low <= value <= high, f"set it within {low} to {high}")
+                fits = value <= torch.finfo(torch.float32).max  # else it ends in torch's traceback
+                self.check(field.name, fits, "set a number that float32 can hold")
         self.check_divides("num_heads", "model_dim")
         self.check_divides("num_kv_heads", "num_heads")
         self.check_divides("train_seq_len", "train_batch_tokens")

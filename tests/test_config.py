@@ -331,6 +331,14 @@ def test_a_number_past_its_bounds_is_refused_by_name(name: str, value: float) ->
     assert message == f"{name.upper()}={value!r}: set it within {low} to {high}"
 
 
+@pytest.mark.parametrize("name", [name for name in NUMBERS if name not in BOUNDS])
+@pytest.mark.parametrize("value", [10**39, math.inf])
+def test_a_number_beyond_float32_is_refused_by_name(name: str, value: float) -> None:
+    """Torch would refuse it when it is written into a tensor, with a traceback."""
+    message = support.refusal(card_with, {name: value})
+    assert message == f"{name.upper()}={value!r}: set a number that float32 can hold"
+
+
 @pytest.mark.parametrize("name", NUMBERS)
 def test_nan_is_refused_for_every_number(name: str) -> None:
     assert f"{name.upper()}=nan" in support.refusal(card_with, {name: math.nan})
