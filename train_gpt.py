@@ -1920,7 +1920,10 @@ def first_correct_attention(
 
 
 def attention_error(h: Hyperparameters, attend: Attend, device: torch.device) -> float:
-    """Largest relative error of output and gradients on two random sequences of each length."""
+    """Largest relative error of output and gradients on two random sequences of each length.
+
+    Of two tokens at least: one by itself gives q and k no gradient, and zeros no relative error.
+    """
     generator = torch.Generator(device).manual_seed(0)
 
     def random(length: int, heads: int) -> Tensor:
@@ -1929,7 +1932,7 @@ def attention_error(h: Hyperparameters, attend: Attend, device: torch.device) ->
     errors = []
     for length in seq_lens(h):
         counts = (h.num_heads, h.num_kv_heads, h.num_kv_heads)
-        inputs = [random(length, heads) for heads in counts]
+        inputs = [random(max(length, 2), heads) for heads in counts]
         errors.append(twin_error(attend, sdpa(SDPBackend.MATH), inputs))
     return float(np.max(errors))  # nan if one is: Python's max may drop it
 

@@ -287,6 +287,16 @@ def test_an_attention_must_be_right_at_every_length_of_the_run(
     assert (error < 2e-2) is not refused, error
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [dict(early_seq_len=1), dict(train_seq_len=1, early_seq_len=0, eval_stride=0)],
+    ids=str,
+)
+def test_a_right_attention_is_taken_for_sequences_of_one_token(settings: dict[str, Any]) -> None:
+    error = train_gpt.attention_error(tiny(**settings), train_gpt.sdpa(), torch.device("cpu"))
+    assert error < 2e-2
+
+
 def test_an_attention_that_gives_nan_gradients_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """The output is right, and so is the gradient of q."""
 
