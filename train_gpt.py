@@ -427,7 +427,7 @@ def settings_of_weights(saved: Mapping[str, Any], env: Mapping[str, str]) -> Hyp
     values = preset_of(env)
     for field in dataclasses.fields(Hyperparameters):
         name = field.name
-        if name in OF_THIS_PROCESS or name not in saved:
+        if name in OF_THIS_PROCESS or name not in saved:  # of what scores, since then
             continue
         values[name] = saved[name]
         value = chosen.get(name, saved[name])
@@ -3934,6 +3934,14 @@ def load_checkpoint(
         raise RunError(
             f"RESUME_FROM={h.resume_from}: not the final_model.pt of a run of this version"
         ) from None
+    fields = {field.name: field for field in dataclasses.fields(Hyperparameters)}
+    trains = {name for name, field in fields.items() if field.metadata["trains"]}
+    unlike = sorted((trains - set(settings)) | (set(settings) - set(fields)))
+    require(
+        not unlike,
+        f"RESUME_FROM={h.resume_from}: not the final_model.pt of a run of this version, which "
+        f"differs in {' '.join(map(str.upper, unlike))}; use the train_gpt.py that wrote it",
+    )
     h = settings_of_weights(settings, env)
     shapes = {name: row.shape for name, row in parameter_table(h).items()}
     for stage in checkpoint.stages.values():

@@ -335,6 +335,31 @@ def test_a_checkpoint_of_an_older_version_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["early_fraction", "matrix_lr", "later_setting"])
+def test_a_checkpoint_that_lacks_or_adds_a_setting_of_training_is_refused(
+    name: str, frontier: Path, tmp_path: Path
+) -> None:
+    """The default of this version would be recorded as what trained it."""
+    saved = torch.load(frontier / "final_model.pt", weights_only=True)
+    if saved["settings"].pop(name, None) is None:
+        saved["settings"][name] = 1
+    torch.save(saved, tmp_path / "older.pt")
+    message = refusal(lambda: resume(tmp_path / "older.pt", tmp_path / "out"))
+    assert f"RESUME_FROM={tmp_path}/older.pt: not the final_model.pt" in message
+    assert f"differs in {name.upper()}; use the train_gpt.py that wrote it" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_from_before_a_setting_of_scoring_is_scored(
+    frontier: Path, tmp_path: Path
+) -> None:
+    saved = torch.load(frontier / "final_model.pt", weights_only=True)
+    del saved["settings"]["eval_stride"]
+    torch.save(saved, tmp_path / "older.pt")
+    result = resume(tmp_path / "older.pt", tmp_path / "out", EVAL_STRIDE=0)
+    assert result["settings"]["eval_stride"] == 0
+
+
 @pytest.mark.parametrize("stages", [{}, {"trained": {}}, [], {"trained": 1, "averaged": 2}])
 def test_a_checkpoint_without_its_stages_is_refused(
     stages: Any, frontier: Path, tmp_path: Path
