@@ -4125,14 +4125,32 @@ def main() -> None:
         for number in ending_signals():  # torchrun ends the ranks that wait for rank 0 to speak
             signal.signal(number, signal.SIG_IGN if rank == "0" else signal.SIG_DFL)
         lost_a_rank = isinstance(error, RuntimeError) and "gloo" in str(error).lower()
-        if isinstance(error, RuntimeError) and not lost_a_rank:
+        no_compiler = compiler_fault(error)
+        if isinstance(error, RuntimeError) and not (lost_a_rank or no_compiler):
             raise  # a bug, not a collective whose peer has gone
         if rank != "0":  # most faults meet all ranks: rank 0 speaks first
             time.sleep(2)
         kind = "lost a rank" if lost_a_rank else "error"
         with contextlib.suppress(OSError):  # standard error may have gone with its terminal
-            print(f"{kind} (rank {rank}): {message_of(error)}", file=sys.stderr, flush=True)
+            message = no_compiler or message_of(error)
+            print(f"{kind} (rank {rank}): {message}", file=sys.stderr, flush=True)
         os._exit(1)  # at once: the other ranks may be inside collectives, and torchrun ends them
+
+
+def compiler_fault(error: BaseException) -> str:
+    """What to do about a compiler that is not there or does not work; empty for other errors."""
+    compiler = sys.modules.get("torch._dynamo.exc")
+    if compiler is None or not isinstance(error, compiler.BackendCompilerFailed):
+        return ""
+    reason = error.inner_exception
+    if isinstance(reason, torch.OutOfMemoryError):
+        return ""
+    backend = os.environ.get("COMPILE_BACKEND", "auto")
+    lines = str(reason).splitlines() or [""]
+    return (
+        f"COMPILE_BACKEND={backend}: cannot compile here ({type(reason).__name__}: {lines[0]}); "
+        "mend that, or set COMPILE_BACKEND=none"
+    )
 
 
 def message_of(error: BaseException) -> str:

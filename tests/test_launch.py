@@ -107,6 +107,28 @@ def test_a_port_in_use_ends_in_one_line(data: dict[str, Any], tmp_path: Path) ->
     assert not list(tmp_path.iterdir())
 
 
+# Compilers
+
+
+@pytest.mark.parametrize(
+    ("backend", "reason"),
+    [("inductor", "InvalidCxxCompiler: No working C++ compiler"), ("tvm", "ImportError: ")],
+)
+def test_a_compiler_that_is_not_there_ends_in_one_line(
+    backend: str, reason: str, data: dict[str, Any], tmp_path: Path
+) -> None:
+    nothing_cached = dict(CXX=tmp_path / "none", TORCHINDUCTOR_CACHE_DIR=tmp_path / "cache")
+    settings = dict(COMPILE_BACKEND=backend, **nothing_cached)
+    done = completed_run(REPO / "train_gpt.py", data, tmp_path, **settings)
+    check_one_error(
+        done, f"COMPILE_BACKEND={backend}: cannot compile here ({reason}", "COMPILE_BACKEND=none"
+    )
+
+
+def test_only_what_a_compiler_raises_is_a_compilers_fault() -> None:
+    assert train_gpt.compiler_fault(RuntimeError("a bug")) == ""
+
+
 # Settings
 
 
