@@ -2988,6 +2988,10 @@ class WindowGroup(NamedTuple):
     scored: int  # last targets of each window that count
 
 
+class CutShort(Exception):
+    """A signal came while a split was scored."""
+
+
 class Evaluator:
     """Scores every token after the first exactly once, from its past only.
 
@@ -3030,8 +3034,18 @@ class Evaluator:
         return evaluator
 
     @torch.no_grad()
-    def score(self, model: GPT, stride: int = 0, log: RunLog | None = None) -> Score:
-        """Plain (stride 0) or sliding windows over the whole split; with `log`, tells how far."""
+    def score(
+        self,
+        model: GPT,
+        stride: int = 0,
+        log: RunLog | None = None,
+        signals: list[int] | None = None,
+    ) -> Score:
+        """Plain (stride 0) or sliding windows over the whole split; with `log`, tells how far.
+
+        Given the list of `received_signals`, it raises CutShort, on all ranks, soon after one of
+        them has received any.
+        """
         began = time.perf_counter()
         # Batches are padded with windows past the end, whose targets land behind the last one.
         past_end = self.targets + 1
@@ -3040,7 +3054,7 @@ class Evaluator:
         for starts, scored in self.window_groups(stride):
             mine = starts[self.runtime.rank :: self.runtime.world_size]
             left = mine
-            while left:
+            while left and not signals:
                 position, losses = self.last_losses(model, left, scored)
                 nats[position.clamp(max=past_end)] = losses.double()
                 scored_tokens += (position <= self.targets).sum()
@@ -3050,6 +3064,8 @@ class Evaluator:
 
         nats = self.runtime.sum(nats)[1:past_end]  # the first token is no target
         scored_tokens = self.runtime.sum(scored_tokens)
+        if signals is not None and scored_tokens < self.targets:
+            raise CutShort
         assert int(scored_tokens) == self.targets, f"{scored_tokens} scored, not {self.targets}"
         if log and self.h.eval_dump:
             kind = "sliding" if stride else "plain"
@@ -3564,7 +3580,7 @@ def train(
             break
 
         if h.val_loss_every and step and step % h.val_loss_every == 0:
-            validate(step, evaluator, trainer.model, losses, lines)
+            validate(step, evaluator, trainer.model, losses, lines, signals)
 
         batch = next(loader)
         now = plan_step(h, step, elapsed, progress)
@@ -3600,12 +3616,22 @@ def switch_on(trainer: Trainer, now: StepPlan, step: int, log: RunLog) -> None:
 
 
 def validate(
-    step: int, evaluator: Evaluator, model: GPT, losses: PendingLosses, lines: TrainingLines
+    step: int,
+    evaluator: Evaluator,
+    model: GPT,
+    losses: PendingLosses,
+    lines: TrainingLines,
+    signals: list[int],
 ) -> None:
-    """The training clock stands still for it."""
+    """The training clock stands still for it.
+
+    A signal cuts it short: it may take longer than the 30 s after which torchrun kills.
+    """
     losses.land()
     losses.clock.stop()
-    lines.validation(step, evaluator.score(model), losses.clock.total)
+    with contextlib.suppress(CutShort):
+        score = evaluator.score(model, signals=signals)
+        lines.validation(step, score, losses.clock.total)
     losses.clock.start()
 
 

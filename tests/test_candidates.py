@@ -215,9 +215,11 @@ def orders(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
         seen["steps"].append(len(trainer.model.plan))
         return step(trainer, *args, **options)
 
-    def counted_score(evaluator: tg.Evaluator, model: tg.GPT, *rest: Any) -> tg.Score:
+    def counted_score(
+        evaluator: tg.Evaluator, model: tg.GPT, *rest: Any, **options: Any
+    ) -> tg.Score:
         seen["scores"].append(len(model.plan))
-        return score(evaluator, model, *rest)
+        return score(evaluator, model, *rest, **options)
 
     monkeypatch.setattr(tg.Trainer, "train_step", counted_step)
     monkeypatch.setattr(tg.Evaluator, "score", counted_score)

@@ -594,6 +594,39 @@ def test_a_signal_after_the_ranks_agreed_counts_at_the_next_step(
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_a_signal_in_validation_cuts_it_short(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may take longer than the 30 s after which torchrun kills."""
+    without_warm_up(monkeypatch)
+    last_losses, windows = Evaluator.last_losses, []
+
+    def struck(self: Evaluator, model: train_gpt.GPT, starts: range, scored: int) -> Any:
+        windows.append(starts)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return last_losses(self, model, starts, scored)
+
+    monkeypatch.setattr(Evaluator, "last_losses", struck)
+    run = Run(tiny(iterations=8, val_loss_every=2), tmp_path)
+    assert run.facts.interrupted and run.facts.step_stop == 3
+    assert len(windows) == 1 and len(windows[0]) > 4, "one batch of several"
+    assert not any("val_loss" in line for line in run.lines)
+
+
+def test_a_validation_that_another_rank_cut_short_is_cut_short_here(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What the other rank has not scored is missing in the sum, which all ranks know."""
+    monkeypatch.setattr(Runtime, "sum", lambda self, tensor: tensor)
+    h = tiny()
+    evaluator = new_evaluator(h, cpu_runtime(world_size=2))
+    model = tiny_model(h)
+    with pytest.raises(train_gpt.CutShort):
+        evaluator.score(model, signals=[])
+    with pytest.raises(AssertionError, match="scored, not 299"):
+        evaluator.score(model)
+
+
 @pytest.mark.parametrize(
     ("warmup", "expected"),
     [
