@@ -4142,7 +4142,13 @@ def main() -> None:
             )
             from prepare_data import with_sample
 
-            h = with_sample(h)  # the paths of the built-in corpus, which is built if missing
+            try:
+                h = with_sample(h)  # the paths of the built-in corpus, which is built if missing
+            except OSError as error:
+                raise RunError(
+                    f"DATA_PATH=sample: cannot be built in {SOURCE.parent}/data ({error}); give it "
+                    "space, or copy train_gpt.py and prepare_data.py to where it has some"
+                ) from None
         run(h, runtime, checkpoint)
         if dist.is_initialized():
             dist.destroy_process_group()

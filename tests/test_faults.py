@@ -167,6 +167,18 @@ def test_the_sample_is_refused_where_nothing_can_build_it(entry: Path, tmp_path:
     check_refusal(done, "DATA_PATH=sample", "prepare_data.py", "copy it there")
 
 
+def test_a_sample_that_cannot_be_written_is_told_where_it_lies(entry: Path, tmp_path: Path) -> None:
+    """Another OUTPUT_DIR is no remedy: the sample is beside the program."""
+    folder = entry.with_name("only_read")
+    folder.mkdir()
+    for name in ("train_gpt.py", "prepare_data.py"):
+        shutil.copy(REPO / name, folder)
+    settings = dict(PRESET="smoke", OUTPUT_DIR=tmp_path)
+    done = start(folder, **settings, **refusing(entry, write=folder))
+    check_refusal(done, f"DATA_PATH=sample: cannot be built in {folder}/data", "Permission denied")
+    assert "OUTPUT_DIR" not in done.stderr
+
+
 def test_a_record_py_that_does_not_import_leaves_the_run_whole(entry: Path, tmp_path: Path) -> None:
     folder = entry.with_name("broken")
     folder.mkdir()
