@@ -4032,7 +4032,13 @@ def score_from_disk(session: Session, scores: dict[str, Score]) -> int:
     if h.eval_dump and runtime.rank == 0:
         archive = io.BytesIO()
         np.savez(archive, **session.evaluator.dump)  # type: ignore[arg-type]
-        write_atomic(Path(h.eval_dump), archive.getvalue())
+        try:
+            write_atomic(Path(h.eval_dump), archive.getvalue())
+        except OSError as error:
+            raise RunError(
+                f"EVAL_DUMP={h.eval_dump}: cannot be written ({error.strerror}); give it space or "
+                f"name another file, then score again with EVAL_ONLY={artifact} or RESUME_FROM"
+            ) from None
     return len(content)
 
 

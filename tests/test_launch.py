@@ -1,6 +1,8 @@
 """Launches that cannot work: one line, before anything starts."""
 
+import errno
 import itertools
+import os
 import socket
 import subprocess
 import sys
@@ -231,6 +233,25 @@ def test_a_dump_into_the_new_output_folder_is_written(data: dict[str, Any], tmp_
     out = tmp_path / "out"
     run_here(data, out, eval_dump=str(out / "losses.npz"))
     assert (out / "losses.npz").stat().st_size > 0
+
+
+def test_a_dump_that_fills_its_disk_is_named(
+    data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another OUTPUT_DIR would not help, and the artifact is there to be scored again."""
+    write = train_gpt.write_atomic
+
+    def full(path: Path, content: bytes) -> None:
+        if path.name == "losses.npz":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(path, content)
+
+    monkeypatch.setattr(train_gpt, "write_atomic", full)
+    dump = tmp_path / "losses.npz"
+    message = refusal(lambda: run_here(data, tmp_path, eval_dump=str(dump)))
+    assert message.startswith(f"EVAL_DUMP={dump}: cannot be written (No space left on device)")
+    artifact = tmp_path / "final_model.partial.ptz"
+    assert f"EVAL_ONLY={artifact} or RESUME_FROM" in message and artifact.stat().st_size > 0
 
 
 NAMES = ["train.log", "train_seed1337.log", "result_seed1337.json", "submission.json",
