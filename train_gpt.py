@@ -3989,11 +3989,17 @@ def read_file(path: str | Path, variable: str, runtime: Runtime) -> bytes:
 
 
 def check_architecture(h: Hyperparameters, architecture: Mapping[str, Any], source: str) -> None:
-    """Raises RunError if an artifact or checkpoint is of another architecture than `h`."""
+    """Raises RunError if an artifact is of another architecture than `h`, or of another version."""
+    unlike = sorted(set(architecture) ^ set(ARCHITECTURE))
+    require(
+        not unlike,
+        f"{source}: of another version of this program, which differs in "
+        f"{' '.join(map(str.upper, unlike))}; use the train_gpt.py that wrote it",
+    )
     other = [
-        f"{name.upper()}={architecture.get(name)}"
+        f"{name.upper()}={architecture[name]}"
         for name in ARCHITECTURE
-        if architecture.get(name) != getattr(h, name)
+        if architecture[name] != getattr(h, name)
     ]
     require(not other, f"{source}: holds a model of another shape; set {' '.join(other)}")
 
