@@ -291,6 +291,36 @@ def test_a_step_decays_by_its_share_of_the_run() -> None:
     assert train_gpt.plan_step(h, 30, 0.0, 0.3).decay == pytest.approx(0.0)
 
 
+def decays(h: train_gpt.Hyperparameters, times: list[float]) -> list[float]:
+    """Of the steps that begin at these times."""
+    progress = 0.0
+    found = []
+    for steps_done, elapsed in enumerate(times):
+        plan = train_gpt.plan_step(h, steps_done, elapsed, progress)
+        progress = plan.progress
+        found.append(plan.decay)
+    return found
+
+
+@pytest.mark.parametrize("steps", [20, 200, 2000])
+def test_a_run_by_the_clock_decays_by_all_of_its_time(steps: int) -> None:
+    """Up to the start of its last step; of a run of few steps, the second decays less."""
+    h = tiny(iterations=10_000, max_wallclock_seconds=100.0, decay_per_run=40.0)
+    found = decays(h, [100.0 * step / steps for step in range(steps)])
+    assert found[2:] == pytest.approx([40 / steps] * (steps - 2))
+    assert found[:2] == pytest.approx([0.0, min(40 / steps, 0.4)])
+
+
+@pytest.mark.parametrize("steps", [50, 2000])
+def test_a_pause_takes_no_more_off_the_weights_than_two_steps(steps: int) -> None:
+    """Half of a run stood still: its share of the decay would turn the matrices' sign."""
+    h = tiny(iterations=10_000, max_wallclock_seconds=100.0, decay_per_run=40.0)
+    times = [100.0 * step / steps for step in range(steps // 2)]
+    pause, after = decays(h, [*times, times[-1] + 50.0, times[-1] + 50.0 + 100.0 / steps])[-2:]
+    assert pause == pytest.approx(40 * max(0.01, 2 / steps), rel=0.1)
+    assert after == pytest.approx(40 / steps)
+
+
 @pytest.mark.parametrize("length", [1, 8, 16])
 @pytest.mark.parametrize("fraction", [0.25, 0.5, 1.0])
 def test_sequences_are_short_until_a_share_of_the_run_is_over(fraction: float, length: int) -> None:

@@ -373,8 +373,8 @@ def test_lr_scale_is_flat_then_falls_linearly_to_zero(
     [
         (0, 0.0, 0.0, 0.0, 1.0, 0.0),
         (100, 60.0, 0.0875, 0.1, 1.0, 2.0),  # the clock and the steps agree
-        (100, 300.0, 0.25, 0.5, 1.0, 40.0),  # of 200 steps: the last 80 are the warm-down
-        (100, 480.0, 0.75, 0.8, 0.3125, 8.0),  # of 125 steps
+        (100, 300.0, 0.495, 0.5, 1.0, 0.8),  # of 200 steps: the last 80 are the warm-down
+        (100, 480.0, 0.792, 0.8, 0.3125, 1.28),  # of 125 steps
         (900, 30.0, 0.899, 0.9, 1.0, 0.16),  # of 1000 steps
         (960, 30.0, 0.959, 0.96, 0.5, 0.16),
     ],
