@@ -2068,8 +2068,8 @@ def plan_step(
     progress = progress_of(h, steps_done, elapsed)
     total_steps = steps_done / progress if progress else h.iterations
     share = progress - progress_before
-    if progress > steps_done / h.iterations:  # the clock decides
-        usual = progress_before / max(steps_done, 1)
+    if steps_done > 1 and progress > steps_done / h.iterations:  # the clock decides
+        usual = progress_before / (steps_done - 1)
         share = min(share, max(SMALL_SHARE, 2 * usual))
     decay = h.decay_per_run * share
     return StepPlan(progress, lr_scale(h, progress, total_steps), decay, seq_len_at(h, progress))

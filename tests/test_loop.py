@@ -304,11 +304,17 @@ def decays(h: train_gpt.Hyperparameters, times: list[float]) -> list[float]:
 
 @pytest.mark.parametrize("steps", [20, 200, 2000])
 def test_a_run_by_the_clock_decays_by_all_of_its_time(steps: int) -> None:
-    """Up to the start of its last step; of a run of few steps, the second decays less."""
+    """Up to the start of its last step."""
     h = tiny(iterations=10_000, max_wallclock_seconds=100.0, decay_per_run=40.0)
     found = decays(h, [100.0 * step / steps for step in range(steps)])
-    assert found[2:] == pytest.approx([40 / steps] * (steps - 2))
-    assert found[:2] == pytest.approx([0.0, min(40 / steps, 0.4)])
+    assert found == pytest.approx([0.0] + [40 / steps] * (steps - 1))
+
+
+def test_uneven_steps_at_the_start_decay_by_all_of_their_time() -> None:
+    """The host launches some at once, then waits for the GPU."""
+    h = tiny(iterations=10_000, max_wallclock_seconds=100.0, decay_per_run=40.0)
+    times = [0.0, 0.001, 0.002, 0.003, 0.5, 0.6, 0.7]
+    assert sum(decays(h, times)) == pytest.approx(40 * 0.7 / 100)
 
 
 @pytest.mark.parametrize("steps", [50, 2000])
