@@ -1053,7 +1053,7 @@ def train_tokenizer(
             if limit := re.search(pattern, str(error)):
                 raise DataError(
                     f"vocabulary: this text allows {bound} {limit[1]}, found {vocab_size}; "
-                    "change --vocab or the amount of text"
+                    "change --vocab (train_gpt.py: VOCAB_SIZE) or the amount of text"
                 ) from error
         raise DataError(f"SentencePiece cannot train on this text: {error}") from error
     trained = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
