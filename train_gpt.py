@@ -137,12 +137,13 @@ def require(holds: object, message: str) -> None:
 # ---- 2. Hyperparameters -------------------------------------------------------------------------
 T = TypeVar("T")
 BELOW_ONE = 1 - 1e-9  # the largest decay factor that still forgets
+FLOAT32_MAX = torch.finfo(torch.float32).max  # torch answers more with a traceback, or with nan
 
 
 def setting(
     default: T,
     low: float = 0,
-    high: float = math.inf,
+    high: float = FLOAT32_MAX,
     *,
     choices: tuple[str, ...] = (),
     architecture: bool = False,
@@ -164,12 +165,14 @@ def setting(
     return dataclasses.field(default=default, metadata=facts | roles)
 
 
-def of_model(default: T, low: float = 0, high: float = math.inf) -> T:
+def of_model(default: T, low: float = 0, high: float = FLOAT32_MAX) -> T:
     """A setting that belongs to the artifact's architecture."""
     return setting(default, low, high, architecture=True)
 
 
-def label(default: T, low: float = 0, high: float = math.inf, choices: tuple[str, ...] = ()) -> T:
+def label(
+    default: T, low: float = 0, high: float = FLOAT32_MAX, choices: tuple[str, ...] = ()
+) -> T:
     """It names, places or reports a run.
 
     Results that differ in it are merged as seeds: data are told apart by digests, not by paths.
@@ -182,7 +185,7 @@ def process(default: T, choices: tuple[str, ...] = ()) -> T:
     return setting(default, choices=choices, per_run=True, trains=False, of_process=True)
 
 
-def scoring(default: T, low: float = 0, high: float = math.inf) -> T:
+def scoring(default: T, low: float = 0, high: float = FLOAT32_MAX) -> T:
     """A setting of what comes after training: packing and evaluation."""
     return setting(default, low, high, trains=False)
 
@@ -305,8 +308,6 @@ class Hyperparameters:
             else:
                 low, high = field.metadata["low"], field.metadata["high"]
                 self.check(field.name, low <= value <= high, f"set it within {low} to {high}")
-                fits = value <= torch.finfo(torch.float32).max  # else it ends in torch's traceback
-                self.check(field.name, fits, "set a number that float32 can hold")
         self.check_divides("num_heads", "model_dim")
         self.check_divides("num_kv_heads", "num_heads")
         self.check_divides("train_seq_len", "train_batch_tokens")
