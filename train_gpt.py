@@ -353,6 +353,11 @@ OF_THIS_PROCESS = tuple(
     field.name for field in dataclasses.fields(Hyperparameters) if field.metadata["of_process"]
 )
 
+# A checkpoint has all of these: the default of a missing one need not be what trained it.
+OF_TRAINING = tuple(
+    field.name for field in dataclasses.fields(Hyperparameters) if field.metadata["trains"]
+)
+
 PRESETS: dict[str, dict[str, Any]] = {
     "card": {},
     # The card plus what pays but is none of its named techniques.
@@ -428,7 +433,7 @@ def settings_of_weights(saved: Mapping[str, Any], env: Mapping[str, str]) -> Hyp
     values = preset_of(env)
     for field in dataclasses.fields(Hyperparameters):
         name = field.name
-        if name in OF_THIS_PROCESS or name not in saved:  # of what scores, since then
+        if name in OF_THIS_PROCESS or name not in saved:  # a setting of scoring may be younger
             continue
         values[name] = saved[name]
         value = chosen.get(name, saved[name])
@@ -1947,7 +1952,7 @@ def attention_error(h: Hyperparameters, attend: Attend, device: torch.device) ->
 # GPTQ-lite (pg#414) is what remains for a row whose largest weight is out of the code range at that
 # step: its scale is raised, and of a few clips the one with the least cost is taken.
 CLIP_RATIOS = (1.0, 0.92, 0.84, 0.75, 0.6)  # of the row's largest magnitude
-ZSTD_OVERHEAD = 1.013  # zstd's bytes by the codes' entropy, as late QAT and the first trial expect
+ZSTD_OVERHEAD = 1.013  # expected: zstd's bytes over the codes' entropy; the exporter measures it
 
 
 def matrices(w: Tensor) -> Tensor:
@@ -3970,14 +3975,9 @@ def load_checkpoint(
         raise RunError(
             f"RESUME_FROM={h.resume_from}: not the final_model.pt of a run of this version"
         ) from None
-    fields = {field.name: field for field in dataclasses.fields(Hyperparameters)}
-    trains = {name for name, field in fields.items() if field.metadata["trains"]}
-    unlike = sorted((trains - set(settings)) | (set(settings) - set(fields)))
-    require(
-        not unlike,
-        f"RESUME_FROM={h.resume_from}: not the final_model.pt of a run of this version, which "
-        f"differs in {' '.join(map(str.upper, unlike))}; use the train_gpt.py that wrote it",
-    )
+    missing = set(OF_TRAINING) - settings.keys()
+    unknown = settings.keys() - {field.name for field in dataclasses.fields(Hyperparameters)}
+    check_version(f"RESUME_FROM={h.resume_from}", missing | unknown)
     h = settings_of_weights(settings, env)
     shapes = {name: row.shape for name, row in parameter_table(h).items()}
     for stage in checkpoint.stages.values():
@@ -3998,14 +3998,19 @@ def read_file(path: str | Path, variable: str, runtime: Runtime) -> bytes:
         ) from None
 
 
-def check_architecture(h: Hyperparameters, architecture: Mapping[str, Any], source: str) -> None:
-    """Raises RunError if an artifact is of another architecture than `h`, or of another version."""
-    unlike = sorted(set(architecture) ^ set(ARCHITECTURE))
+def check_version(source: str, unlike: set[str]) -> None:
+    """Raises RunError if there are settings that a file or this program lacks."""
+    names = " ".join(sorted(map(str.upper, unlike)))
     require(
         not unlike,
-        f"{source}: of another version of this program, which differs in "
-        f"{' '.join(map(str.upper, unlike))}; use the train_gpt.py that wrote it",
+        f"{source}: of another version of this program, which differs in {names}; use the "
+        "train_gpt.py that wrote it",
     )
+
+
+def check_architecture(h: Hyperparameters, architecture: Mapping[str, Any], source: str) -> None:
+    """Raises RunError if an artifact is of another architecture than `h`, or of another version."""
+    check_version(source, set(architecture) ^ set(ARCHITECTURE))
     other = [
         f"{name.upper()}={architecture[name]}"
         for name in ARCHITECTURE

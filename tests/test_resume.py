@@ -345,7 +345,7 @@ def test_a_checkpoint_that_lacks_or_adds_a_setting_of_training_is_refused(
         saved["settings"][name] = 1
     torch.save(saved, tmp_path / "older.pt")
     message = refusal(lambda: resume(tmp_path / "older.pt", tmp_path / "out"))
-    assert f"RESUME_FROM={tmp_path}/older.pt: not the final_model.pt" in message
+    assert f"RESUME_FROM={tmp_path}/older.pt: of another version" in message
     assert f"differs in {name.upper()}; use the train_gpt.py that wrote it" in message
     assert not (tmp_path / "out").exists()
 
