@@ -2050,7 +2050,7 @@ def lr_scale(h: Hyperparameters, progress: float, total_steps: float = 0.0) -> f
     return min(1.0, (1.0 - progress) / min(1.0, fraction))
 
 
-SMALL_SHARE = 0.01  # of a run: any step may decay by so much, as the first ones are uneven
+LONG_STEP = 0.01  # of a run; what takes longer is a pause, unless the run's steps are about as long
 
 
 class StepPlan(NamedTuple):
@@ -2067,16 +2067,16 @@ def plan_step(
 ) -> StepPlan:
     """For the step after `steps_done`, `elapsed` seconds into the run.
 
-    A time-bound run does not know its length in steps, so what decides is its progress.  A pause,
-    in which the clock goes on, takes no more off the weights than two steps: half a run's decay at
-    once would turn the sign of the matrices.
+    A time-bound run does not know its length in steps, so what decides is its progress.  In a
+    pause the clock goes on.  The step after it decays the weights as a long step at most: the decay
+    of half a run at once would turn the sign of the matrices.
     """
     progress = progress_of(h, steps_done, elapsed)
     total_steps = steps_done / progress if progress else h.iterations
     share = progress - progress_before
     if steps_done > 1 and progress > steps_done / h.iterations:  # the clock decides
         usual = progress_before / (steps_done - 1)
-        share = min(share, max(SMALL_SHARE, 2 * usual))
+        share = min(share, max(LONG_STEP, 2 * usual))
     decay = h.decay_per_run * share
     return StepPlan(progress, lr_scale(h, progress, total_steps), decay, seq_len_at(h, progress))
 
