@@ -1,5 +1,6 @@
 """Runs in small for the tests of faults: in this process, or in one that is changed before."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from support import (
     CARD_IN_SMALL,
     HANG,
@@ -81,6 +83,18 @@ def in_shell(command: str, data: dict[str, Any], out: Path, **settings: object) 
     shell = ["bash", "-o", "pipefail", "-c", command]
     return subprocess.run(shell, env=variables, cwd=out, capture_output=True, text=True,
                           timeout=HANG)  # fmt: skip
+
+
+def leave_no_room_for(name: str, patch: pytest.MonkeyPatch) -> None:
+    """The disk has no room for a file of that name, and room for all else."""
+    write = train_gpt.write_atomic
+
+    def other_files(path: Path, content: bytes) -> None:
+        if path.name == name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(path, content)
+
+    patch.setattr(train_gpt, "write_atomic", other_files)
 
 
 def check_whole(out: Path) -> None:

@@ -1,8 +1,6 @@
 """Launches that cannot work: one line, before anything starts."""
 
-import errno
 import itertools
-import os
 import socket
 import subprocess
 import sys
@@ -11,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_run import check_one_error, completed_run, data_in, run_here
+from small_run import check_one_error, completed_run, data_in, leave_no_room_for, run_here
 from support import EARLIER, REPO, errors_of, refusal, tiny, train_gpt, write_shard
 
 RANKS: dict[str, str] = dict(
@@ -239,14 +237,7 @@ def test_a_dump_that_fills_its_disk_is_named(
     data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another OUTPUT_DIR would not help, and the artifact is there to be scored again."""
-    write = train_gpt.write_atomic
-
-    def full(path: Path, content: bytes) -> None:
-        if path.name == "losses.npz":
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        write(path, content)
-
-    monkeypatch.setattr(train_gpt, "write_atomic", full)
+    leave_no_room_for("losses.npz", monkeypatch)
     dump = tmp_path / "losses.npz"
     message = refusal(lambda: run_here(data, tmp_path, eval_dump=str(dump)))
     assert message.startswith(f"EVAL_DUMP={dump}: cannot be written (No space left on device)")

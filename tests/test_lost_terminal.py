@@ -16,6 +16,7 @@ from small_run import (
     completed_run,
     data_in,
     in_shell,
+    leave_no_room_for,
     program,
     run_here,
 )
@@ -224,24 +225,12 @@ def test_a_disk_that_stays_full_is_told_with_the_weights(
         assert (tmp_path / name).read_text() == EARLIER, name
 
 
-def refuse_weights(patch: pytest.MonkeyPatch) -> None:
-    """The disk has no room for them, and room for all else."""
-    write = train_gpt.write_atomic
-
-    def small_files(path: Path, content: bytes) -> None:
-        if path.name == "final_model.partial.pt":
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        write(path, content)
-
-    patch.setattr(train_gpt, "write_atomic", small_files)
-
-
 def test_weights_that_do_not_fit_do_not_end_the_run(
     data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It packs and scores what it has, and leaves no weights of an earlier run as its own."""
     (tmp_path / "final_model.partial.pt").write_text(EARLIER)
-    refuse_weights(monkeypatch)
+    leave_no_room_for("final_model.partial.pt", monkeypatch)
     result = run_here(data, tmp_path)
     log = (tmp_path / "train.log").read_text()
     assert "note: the weights could not be saved (No space left on device)" in log
@@ -252,7 +241,7 @@ def test_weights_that_do_not_fit_do_not_end_the_run(
 def test_weights_that_are_not_saved_are_not_named(
     data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    refuse_weights(monkeypatch)
+    leave_no_room_for("final_model.partial.pt", monkeypatch)
     monkeypatch.setattr(train_gpt, "write_artifact", lambda *_: os.kill(os.getpid(), signal.SIGINT))
     message = refusal(run_here, data, tmp_path)
     assert message == "interrupted: the weights could not be saved (No space left on device)"
@@ -265,7 +254,7 @@ def test_weights_that_an_interrupt_cannot_save_are_told(
     """And no weights of an earlier run are left in their place."""
     (tmp_path / "final_model.partial.pt").write_text(EARLIER)
     struck_in_step(monkeypatch, signal.SIGTERM)
-    refuse_weights(monkeypatch)
+    leave_no_room_for("final_model.partial.pt", monkeypatch)
     message = refusal(run_here, data, tmp_path)
     assert message.startswith("interrupted at step ")
     assert message.endswith(": the weights could not be saved (No space left on device)")
@@ -287,7 +276,7 @@ def test_a_run_without_its_weights_tells_whose_are_there(
     data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "final_model.pt").write_text(EARLIER)
-    refuse_weights(monkeypatch)
+    leave_no_room_for("final_model.partial.pt", monkeypatch)
     run_here(data, tmp_path)
     log = (tmp_path / "train.log").read_text()
     assert f"note: {tmp_path}/final_model.pt is an earlier run's" in log
@@ -398,17 +387,19 @@ AT_THE_END = [
 ]  # fmt: skip
 
 
-@pytest.mark.usefixtures("own_signals")
-@pytest.mark.parametrize("strike", AT_THE_END)
-def test_a_signal_at_the_end_of_training_ends_the_run_with_whole_weights(
-    strike: Callable[[pytest.MonkeyPatch], None],
-    data: dict[str, Any],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.fixture(params=AT_THE_END)
+def struck_at_the_end(
+    request: pytest.FixtureRequest, own_signals: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The loop has looked for signals for the last time."""
+    """By a signal that comes when the loop has looked for signals for the last time."""
     signal.signal(signal.SIGTERM, train_gpt.interrupt)  # as main sets it
-    strike(monkeypatch)
+    request.param(monkeypatch)
+
+
+@pytest.mark.usefixtures("struck_at_the_end")
+def test_a_signal_at_the_end_of_training_ends_the_run_with_whole_weights(
+    data: dict[str, Any], tmp_path: Path
+) -> None:
     message = refusal(run_here, data, tmp_path)
     saved = tmp_path / "final_model.partial.pt"
     assert message == f"interrupted: RESUME_FROM={saved} packs and scores it"
@@ -416,16 +407,10 @@ def test_a_signal_at_the_end_of_training_ends_the_run_with_whole_weights(
     assert facts["step_stop"] == 6 and not facts["interrupted"]
 
 
-@pytest.mark.usefixtures("own_signals")
-@pytest.mark.parametrize("strike", AT_THE_END)
+@pytest.mark.usefixtures("struck_at_the_end")
 def test_a_signal_at_the_end_of_training_may_finish_the_run(
-    strike: Callable[[pytest.MonkeyPatch], None],
-    data: dict[str, Any],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    data: dict[str, Any], tmp_path: Path
 ) -> None:
-    signal.signal(signal.SIGTERM, train_gpt.interrupt)
-    strike(monkeypatch)
     result = run_here(data, tmp_path, on_interrupt="finish")
     assert result.facts and not result.facts.interrupted
     check_whole(tmp_path)
