@@ -233,6 +233,7 @@ DESIGN = [
     Row("A", "ON=lanes", -0.002, "D -0.0028"),
     Row("A", "EARLY_FRACTION=0.5", -0.002, "D -0.0029, B -0.0032"),
     Row("A", "ON=cap", -0.001, "as D"),
+    Row("A", "EARLY_FRACTION=0.8", -0.0015, "0.5 -0.002; less time for 2,048"),
     # The far ends, which also test what the rest extrapolates
     Row("F", "", 0, "base"),
     Row("F", "MUON_MOMENTUM=0.97", 0, "towards the full batch"),
