@@ -45,9 +45,10 @@ def lock_all(files: Sequence[IO[str]], how: int) -> None:
 def take_turns(locks: Sequence[Path]) -> None:
     """From now on this process warms up at once, but trains while it holds all of the `locks`.
 
-    Of several ranks the first is to do so: the others wait for it before their first step.
+    Of several ranks the first is to do so: the others wait for it before their first step.  The
+    log's warm-up is without the wait.
     """
-    warm_up = tg.Trainer.warm_up
+    warm_up = tg.warm_up
     train = tg.train
     turn = [lock.open("w") for lock in locks]
     # Shared by those that start or score.
@@ -68,7 +69,7 @@ def take_turns(locks: Sequence[Path]) -> None:
             lock_all(others, fcntl.LOCK_SH)
             lock_all(turn, fcntl.LOCK_UN)
 
-    tg.Trainer.warm_up = warm_up_and_wait
+    tg.warm_up = warm_up_and_wait
     tg.train = train_and_give_way
 
 
