@@ -95,6 +95,7 @@ BASE = {
     "MLP_SLOPE": "0.5",
     "SWA_THRESHOLD": "0.2",
     "QAT_THRESHOLD": "0.15",
+    "SWA_SHARE": "0.3",
     "EARLY_SEQ_LEN": "1024",
     "EARLY_FRACTION": "0",
     "SEED": "1337",
