@@ -456,6 +456,172 @@ class Cap(NamedTuple):
         ]
 
 
+# SOAP-Muon
+
+
+class Side(NamedTuple):
+    """Rows or columns of a share of a bank: their covariance, and nearly its eigenvectors."""
+
+    dim: int  # -2: rows, -1: columns
+    covariance: Tensor  # (n, D, D) float32, running mean of G G^T or G^T G
+    basis: Tensor  # (n, D, D) float32, orthonormal columns
+
+
+class SoapState(NamedTuple):
+    """What SOAP-Muon remembers of one rank's share (n, R, C) of a bank beside Muon's momentum."""
+
+    sides: tuple[Side, ...]
+    mean_square: Tensor  # (n, R, C) float32, running mean: of the gradient in the bases
+    steps_done: Tensor  # the optimizer's own
+
+
+POLAR_STEPS = 4  # of Newton-Schulz: singular values of 0.7 to 1 come within 1e-6 of 1
+
+
+def turned(basis: Tensor, covariance: Tensor) -> Tensor:
+    """`basis` one step closer to the eigenvectors of `covariance`; both (n, D, D).
+
+    One power iteration, the Q of the QR decomposition of covariance @ basis, in first order: in the
+    plane of two vectors it turns them by their covariance over the larger of their variances.  So
+    it takes products of matrices alone, which batch well and wait for nothing.  Newton-Schulz makes
+    the result orthonormal again.  No turn is larger than 45 degrees.
+    """
+    seen = basis.mT @ covariance @ basis
+    variance = seen.diagonal(dim1=-2, dim2=-1)
+    row, column = variance[..., :, None], variance[..., None, :]
+    turn = seen / torch.maximum(row, column).clamp_min(1e-30) * torch.sign(column - row)
+    turn = (turn - turn.mT) / 2  # skew, up to rounding as it is
+    bound = (turn @ turn.mT).square().sum((-2, -1), keepdim=True).sqrt().sqrt()  # of its norm
+    x = (basis + basis @ (turn / bound.clamp_min(1))) / math.sqrt(2)
+    for _ in range(POLAR_STEPS):
+        x = 1.5 * x - 0.5 * (x @ (x.mT @ x))
+    return x
+
+
+def into_bases(x: Tensor, sides: Sequence[Side]) -> Tensor:
+    """x (n, R, C) in the bases, in its own dtype."""
+    for side in sides:
+        basis = side.basis.to(x.dtype)
+        x = basis.mT @ x if side.dim == -2 else x @ basis
+    return x
+
+
+def out_of_bases(x: Tensor, sides: Sequence[Side]) -> Tensor:
+    for side in sides:
+        basis = side.basis.to(x.dtype)
+        x = basis @ x if side.dim == -2 else x @ basis.mT
+    return x
+
+
+class Soap(NamedTuple):
+    """SOAP (Vyas et al., 2024) before Muon's orthogonalisation, in place of NorMuon.
+
+    The momentum is divided by the root of the gradient's mean square, as Adam does it, in the
+    eigenbasis of the covariance of each matrix's smaller side, then orthogonalised.  Decay of the
+    mean squares is MUON_BETA2.  Reported at modded-nanogpt's track 3: 2,750 steps instead of 3,250.
+    An update has Muon's norm, so MATRIX_LR keeps its meaning.
+    """
+
+    soap_beta: float = 0.95  # decay per step of the covariances
+    # Steps from one turn of the bases to the next.  It selects one of two results on the device,
+    # so that a captured graph follows: more than 1 takes as long.
+    soap_every: int = 1
+    soap_sides: int = 1  # 2: square matrices have a basis on both sides
+
+    def check(self, h: tg.Hyperparameters) -> None:
+        require(
+            0 < self.soap_beta < 1,
+            f"SOAP_BETA={self.soap_beta}: expected a decay between 0 and 1, such as 0.95",
+        )
+        require(self.soap_every >= 1, f"SOAP_EVERY={self.soap_every}: expected 1 or more steps")
+        require(self.soap_sides in (1, 2), f"SOAP_SIDES={self.soap_sides}: expected 1 or 2")
+
+    def state(self, master: Tensor, steps_done: Tensor) -> SoapState:
+        """Of a share of a bank before its first step."""
+        rows, columns = master.shape[-2:]
+        dims = (-2, -1) if rows == columns else (-2,) if rows < columns else (-1,)
+
+        def side(dim: int) -> Side:
+            eye = torch.eye(master.shape[dim], device=master.device)
+            basis = eye.repeat(len(master), 1, 1)
+            return Side(dim, torch.zeros_like(basis), basis)
+
+        sides = tuple(side(dim) for dim in dims[: self.soap_sides])
+        return SoapState(sides, torch.zeros_like(master), steps_done)
+
+    def update(
+        self,
+        grad: Tensor,
+        bank: tg.Bank,
+        state: SoapState,
+        clip: Tensor,
+        lr: Tensor,
+        momentum: Tensor,
+        decay: Tensor,
+        beta2: float,
+        dtype: torch.dtype,
+    ) -> None:
+        """In place of `muon_update`: a step of a share (n, R, C) of a bank.
+
+        Covariances and bases are float32.  What goes into the bases and comes out of them does so
+        in `dtype`, in which it is orthogonalised.
+        """
+        g = grad.float().nan_to_num(0, 0, 0) * clip
+        bank.momentum.lerp_(g, 1 - momentum)
+        due = state.steps_done % self.soap_every == 0
+        for side in state.sides:
+            lines = g if side.dim == -2 else g.mT
+            side.covariance.lerp_(lines @ lines.mT, 1 - self.soap_beta)
+            basis = turned(side.basis, side.covariance)
+            side.basis.copy_(torch.where(due, basis, side.basis))
+
+        square = into_bases(g.to(dtype), state.sides).float().square()
+        state.mean_square.lerp_(square, 1 - beta2)
+        root = (state.mean_square / (1 - beta2 ** (state.steps_done + 1))).sqrt()
+        direction = torch.lerp(g, bank.momentum, momentum)
+        even = into_bases(direction.to(dtype), state.sides).float() / (root + 1e-12)
+        update = out_of_bases(even.to(dtype), state.sides).float()
+        update = tg.orthogonalize(update, dtype).float()
+        bank.master.mul_(1 - lr * decay).sub_(lr * bank.update_scale * update)
+
+    def replacements(self) -> list[Replacement]:
+        """The optimizer gets a state of each bank, which its snapshots hold too."""
+        new_optimizer = tg.Optimizer.__init__
+        snapshot = tg.Optimizer.snapshot
+
+        def optimizer_with_bases(optimizer: Any, *arguments: Any) -> None:
+            new_optimizer(optimizer, *arguments)
+            update = optimizer.runtime.compile(self.update)
+            optimizer.soap = {
+                bank.name: self.state(bank.master, optimizer.steps_done) for bank in optimizer.banks
+            }
+
+            def update_of_bank(grad: Tensor, bank: tg.Bank, *rest: Any) -> None:
+                update(grad, bank, optimizer.soap[bank.name], *rest)
+
+            optimizer.muon_update = update_of_bank
+
+        def snapshot_with_bases(optimizer: Any) -> Callable[[], None]:
+            tensors = [
+                tensor
+                for state in optimizer.soap.values()
+                for tensor in (state.mean_square, *(t for side in state.sides for t in side[1:]))
+            ]
+            saved = [tensor.clone() for tensor in tensors]
+            restore_others = snapshot(optimizer)
+
+            def restore() -> None:
+                restore_others()
+                torch._foreach_copy_(tensors, saved)
+
+            return restore
+
+        return [
+            Replacement(tg.Optimizer, "__init__", optimizer_with_bases),
+            Replacement(tg.Optimizer, "snapshot", snapshot_with_bases),
+        ]
+
+
 # Choice
 
 CANDIDATES: dict[str, Any] = {
@@ -464,6 +630,7 @@ CANDIDATES: dict[str, Any] = {
     "mudd": Mudd,
     "bare": Bare,
     "cap": Cap,
+    "soap": Soap,
 }
 OPTIONS = {  # variable -> the candidate whose option it is
     field.upper(): name for name, kind in CANDIDATES.items() for field in kind._fields
