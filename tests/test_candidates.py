@@ -21,12 +21,14 @@ from support import (
     completed,
     cpu_runtime,
     in_float64,
+    normal,
     plain_attention,
     tiny,
     tiny_model,
     tiny_weights,
 )
 from support import train_gpt as tg
+from test_optim import ref_orthogonalize
 from test_training import (
     SCHEDULED,
     CapturedRun,
@@ -43,13 +45,14 @@ from torch import Tensor
 sys.path.insert(0, str(REPO / "bench"))
 import ablate  # noqa: E402
 import candidates  # noqa: E402
-from candidates import Bare, Cap, Lanes, Loops, Mudd  # noqa: E402
+from candidates import Bare, Cap, Lanes, Loops, Mudd, Soap  # noqa: E402
 
 LOOPS = Loops(loop_first=1, loop_last=2)  # of the tiny model's 4 layers, 2 in each half
 LANES = Lanes(lane_layers=2)
 MUDD = Mudd(mudd_layers=2, mudd_states=(0, 1))
 BARE = Bare(bare_layers=(1,))
 ALL = [LOOPS, LANES, MUDD, BARE]
+SOAP = Soap(soap_sides=2)  # it changes the optimizer, the others the model
 Install = Callable[..., None]
 
 
@@ -446,6 +449,261 @@ def test_what_a_bare_layer_leaves_unread_takes_no_bytes(tmp_path: Path, install:
     assert sizes[0] - sizes[1] > weights * 5 / 8, "more than 5 bits a weight"
 
 
+# SOAP-Muon
+
+
+def off_diagonal(basis: Tensor, covariance: Tensor) -> float:
+    """Share of the covariance, in the basis, that lies off its diagonal; 0 for eigenvectors."""
+    seen = basis.double().mT @ covariance.double() @ basis.double()
+    rest = seen - torch.diag_embed(seen.diagonal(dim1=-2, dim2=-1))
+    return float(rest.norm() / seen.norm())
+
+
+def gradients(rows: int, columns: int, steps: int, condition: float = 1e3) -> list[Tensor]:
+    """(2, rows, columns) each, noise of one covariance whose eigenvectors are random."""
+    vectors = torch.linalg.qr(normal(2, rows, rows, seed=99))[0]
+    sizes = 1e-4 * torch.logspace(0, -math.log10(condition), rows)
+    return [vectors @ (sizes[:, None] * normal(2, rows, columns, seed=t)) for t in range(steps)]
+
+
+def test_bases_turn_to_the_eigenvectors_as_a_power_iteration_with_qr_does() -> None:
+    """Of a covariance that every step changes."""
+    covariance = torch.zeros(2, 24, 24)
+    basis = torch.eye(24).repeat(2, 1, 1)
+    by_qr = basis.double()
+    for g in gradients(24, 40, 80):
+        covariance.lerp_(g @ g.mT, 0.05)
+        basis = candidates.turned(basis, covariance)
+        by_qr = torch.linalg.qr(covariance.double() @ by_qr)[0]
+        error = basis.double().mT @ basis.double() - torch.eye(24, dtype=torch.float64)
+        assert error.abs().max() < 1e-5, "no basis is orthonormal any more"
+    assert off_diagonal(torch.eye(24).repeat(2, 1, 1), covariance) > 0.5
+    assert off_diagonal(basis, covariance) < max(0.02, 1.5 * off_diagonal(by_qr, covariance))
+
+
+def test_bases_come_to_the_eigenvectors_of_a_covariance_and_stay() -> None:
+    (g,) = gradients(24, 40, 1)
+    covariance = g @ g.mT
+    basis = torch.eye(24).repeat(2, 1, 1)
+    for _ in range(300):
+        basis = candidates.turned(basis, covariance)
+    assert off_diagonal(basis, covariance) < 1e-5
+    variances = (basis.mT @ covariance @ basis).diagonal(dim1=-2, dim2=-1).sort()[0]
+    expected = torch.linalg.eigvalsh(covariance.double())
+    largest = expected.amax().float()
+    torch.testing.assert_close(variances / largest, (expected / largest).float())
+    again = candidates.turned(basis, covariance)
+    overlap = (again * basis).sum(-2)  # of each vector with itself
+    torch.testing.assert_close(overlap, torch.ones_like(overlap), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("covariance", [0.0, 1.0], ids=["zero", "identity"])
+def test_a_basis_stays_where_no_turn_is_better(covariance: float) -> None:
+    eye = torch.eye(16)[None]
+    torch.testing.assert_close(candidates.turned(eye, covariance * eye), eye)
+    everything = torch.ones(1, 16, 16)  # of rank 1: all pairs are equally far from its vectors
+    assert candidates.turned(eye, everything).isfinite().all()
+
+
+def bank_of(master: Tensor, scale: Tensor) -> tg.Bank:
+    parameter = torch.nn.Parameter(master.clone())
+    square = torch.zeros_like(master[:, :, :1])
+    return tg.Bank(
+        "qo_bank", parameter, master.clone(), master, torch.zeros_like(master), square, scale
+    )
+
+
+class SoapReference:
+    """One matrix, in float64, with eigenvectors from torch.linalg."""
+
+    def __init__(self, master: Tensor, scale: float, sides: Sequence[str]):
+        self.master = master.double()
+        self.scale = scale
+        self.momentum = torch.zeros_like(self.master)
+        # Not zero: of one gradient, all but the diagonal would be zero in the bases of both sides.
+        sizes = dict(zip(("rows", "columns"), master.shape, strict=True))
+        earlier = {side: 0.2 * normal(sizes[side], 40, seed=7).double() for side in sides}
+        self.covariances = {side: g @ g.T for side, g in earlier.items()}
+        self.squares = torch.zeros_like(self.master)
+        self.steps = 0
+
+    def bases(self, g: Tensor) -> dict[str, Tensor]:
+        """After the covariances have taken `g` in; the identity where there is no covariance."""
+        rows, columns = (torch.eye(size).double() for size in g.shape)
+        vectors = {"rows": rows, "columns": columns}
+        for side in self.covariances:
+            new = g @ g.T if side == "rows" else g.T @ g
+            self.covariances[side] = 0.9 * self.covariances[side] + 0.1 * new
+            vectors[side] = torch.linalg.eigh(self.covariances[side])[1]
+        return vectors
+
+    def step(self, g: Tensor, bases: Mapping[str, Tensor], lr: float, decay: float) -> None:
+        beta, beta2 = 0.8, 0.7
+        rows, columns = bases["rows"], bases["columns"]
+        self.steps += 1
+        self.momentum = beta * self.momentum + (1 - beta) * g
+        nesterov = beta * self.momentum + (1 - beta) * g
+        self.squares = beta2 * self.squares + (1 - beta2) * (rows.T @ g @ columns) ** 2
+        adam = (rows.T @ nesterov @ columns) / (self.squares / (1 - beta2**self.steps)).sqrt()
+        update = ref_orthogonalize(rows @ adam @ columns.T)
+        self.master = (1 - lr * decay) * self.master - lr * self.scale * update
+
+
+@pytest.mark.parametrize(
+    ("shape", "sides", "expected"),
+    [
+        ((2, 12, 20), 1, ["rows"]),
+        ((2, 20, 12), 2, ["columns"]),
+        ((2, 12, 12), 1, ["rows"]),
+        ((2, 12, 12), 2, ["rows", "columns"]),
+    ],
+)
+def test_an_update_is_adam_in_the_eigenbasis_then_orthogonalised(
+    shape: tuple[int, int, int], sides: int, expected: list[str]
+) -> None:
+    """From the reference's eigenvectors: a turn from there changes nothing that is seen."""
+    lr, clip, decay = 0.03, 0.25, 0.4
+    scale = torch.tensor([1.0, 1.7]).view(2, 1, 1)
+    bank = bank_of(normal(*shape), scale)
+    soap = Soap(soap_beta=0.9, soap_sides=sides)
+    state = soap.state(bank.master, torch.zeros(()))
+    references = [SoapReference(bank.master[i], float(scale[i]), expected) for i in range(2)]
+    dims = ["rows" if side.dim == -2 else "columns" for side in state.sides]
+    assert dims == expected
+    for i, reference in enumerate(references):
+        for side, name in zip(state.sides, dims, strict=True):
+            side.covariance[i] = reference.covariances[name]
+    rows, columns = (torch.logspace(0, -0.7, size) for size in shape[1:])  # variances differ
+    for step in range(4):
+        grad = normal(*shape, seed=2 + step) * rows[:, None] * columns
+        for i, reference in enumerate(references):
+            g = clip * grad[i].double()
+            bases = reference.bases(g)
+            reference.step(g, bases, lr, decay)
+            for side, name in zip(state.sides, dims, strict=True):
+                side.basis[i] = bases[name]
+        numbers = (torch.tensor(x) for x in (clip, lr, 0.8, decay))
+        soap.update(grad, bank, state, *numbers, 0.7, torch.float32)
+        state.steps_done.add_(1)
+        for i, reference in enumerate(references):
+            torch.testing.assert_close(
+                bank.master[i].double(), reference.master, rtol=0, atol=lr * 1e-2
+            )
+            for side, name in zip(state.sides, dims, strict=True):
+                torch.testing.assert_close(
+                    side.covariance[i].double(), reference.covariances[name], rtol=1e-5, atol=1e-7
+                )
+
+
+def test_an_update_in_bfloat16_points_where_float32_does() -> None:
+    soap = Soap()
+    moves = []
+    for dtype in (torch.float32, torch.bfloat16):
+        bank = bank_of(torch.zeros(2, 24, 40), torch.ones(2, 1, 1))
+        state = soap.state(bank.master, torch.zeros(()))
+        for g in gradients(24, 40, 5, condition=30):
+            numbers = (torch.tensor(x) for x in (1.0, 1.0, 0.9, 0.0))
+            soap.update(g.bfloat16(), bank, state, *numbers, 0.95, dtype)
+            state.steps_done.add_(1)
+        moves.append(bank.master.flatten(1))
+    assert torch.cosine_similarity(*moves).min() > 0.99
+
+
+def soap_state(trainer: tg.Trainer) -> dict[str, Tensor]:
+    """Copies of what the candidate adds."""
+    state = {}
+    for name, of_bank in trainer.optimizer.soap.items():  # type: ignore[attr-defined]
+        state[f"square {name}"] = of_bank.mean_square.clone()
+        for side in of_bank.sides:
+            state[f"covariance {side.dim} {name}"] = side.covariance.clone()
+            state[f"basis {side.dim} {name}"] = side.basis.clone()
+    return state
+
+
+def random_tokens(seed: int = 0) -> Tensor:
+    return torch.randint(64, (8, 33), generator=torch.Generator().manual_seed(seed))
+
+
+def test_a_warm_up_leaves_every_basis_bit_equal(install: Install) -> None:
+    """Also one after some steps, in which everything has moved."""
+    h = tiny()
+    install(SOAP)
+    trainer = new_trainer(h)
+    fresh = soap_state(trainer)
+    for steps in (0, 3):
+        for seed in range(steps):
+            trainer.train_step(random_tokens(seed), 1.0)
+        trainer.average = tg.RunningMean(trainer.optimizer.masters())
+        before = state_of(trainer) | soap_state(trainer)
+        trainer.warm_up(new_evaluator(h, cpu_runtime()))
+        after = state_of(trainer) | soap_state(trainer)
+        assert [name for name in before if not torch.equal(before[name], after[name])] == []
+    assert [name for name in fresh if torch.equal(fresh[name], after[name])] == []
+
+
+def test_bases_turn_every_so_many_steps(install: Install) -> None:
+    install(Soap(soap_every=3))
+    trainer = new_trainer(tiny())
+    turned, bases = [], soap_state(trainer)
+    for seed in range(7):
+        trainer.train_step(random_tokens(seed), 1.0)
+        now = soap_state(trainer)
+        turned.append(not torch.equal(now["basis -2 qo_bank"], bases["basis -2 qo_bank"]))
+        bases = now
+    assert turned == [True, False, False, True, False, False, True]
+
+
+def test_a_step_reads_no_number_back_from_the_device(
+    install: Install, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A captured graph could not."""
+    install(SOAP)
+    trainer = new_trainer(tiny())
+    sums = trainer.gradients(random_tokens())
+    for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__"):
+        monkeypatch.setattr(Tensor, name, lambda *_: pytest.fail("the host waits"))
+    trainer.optimizer.update(sums[0], sums[1:])
+
+
+def test_a_captured_update_follows_the_steps(
+    tmp_path: Path, install: Install, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    h = tiny(iterations=8, warmdown_fraction=1.0, qat_threshold=0.4, early_seq_len=16)
+    install(SOAP._replace(soap_every=2))
+    plain = Run(h, tmp_path / "plain")
+    run = CapturedRun(h, tmp_path / "graphs", monkeypatch)
+    kinds = {(4, 16), (4, 32)}
+    run.check(plain, kinds, kinds)
+
+
+def test_what_is_not_finite_leaves_weights_and_bases_whole(install: Install) -> None:
+    """And matrices of zeros, as those that pad a bank, stay zero."""
+    install(SOAP)
+    trainer = new_trainer(tiny())
+    for seed in range(2):  # then every matrix has a gradient
+        trainer.train_step(random_tokens(seed), 1.0)
+    sums = trainer.gradients(random_tokens(2))
+    trainer.optimizer = tg.Optimizer(trainer.model, trainer.h, trainer.runtime)
+    trainer.optimizer.banks[0].master[3] = 0
+    names = ["loss", *trainer.optimizer.names]
+    qo, up = names.index("qo_bank"), names.index("mlp_bank")
+    sums[qo][3] = 0
+    trainer.optimizer.lr.fill_(1.0)
+    trainer.optimizer.update(sums[0], sums[1:])
+    before = {name: master.clone() for name, master in trainer.optimizer.masters().items()}
+    spoiled = sums[up].clone()
+    spoiled[0, 0, 0] = math.inf
+    bad = [*sums[1:up], spoiled, *sums[up + 1 :]]
+    assert trainer.optimizer.update(sums[0], bad).isnan()
+    for name, master in trainer.optimizer.masters().items():
+        assert torch.equal(master, before[name]), name
+    assert trainer.optimizer.update(sums[0], sums[1:]).isfinite()
+    assert all(tensor.isfinite().all() for tensor in soap_state(trainer).values())
+    assert not trainer.optimizer.banks[0].master[3].any()
+    moved = [n for n, m in trainer.optimizer.masters().items() if not torch.equal(m, before[n])]
+    assert {"qo_bank", "kv_bank", "mlp_bank"} <= set(moved)
+
+
 # All of them
 
 
@@ -543,7 +801,7 @@ def test_no_graph_is_compiled_on_the_clock(
 ) -> None:
     """With validations before and after the loops begin and the sequences grow, and late QAT."""
     h = tiny(**SCHEDULED | dict(val_loss_every=2, eval_stride=0, early_seq_len=16))
-    install(Loops(0, 0), Lanes(1), Mudd(1, (0,)), Bare((0,)))
+    install(Loops(0, 0), Lanes(1), Mudd(1, (0,)), Bare((0,)), SOAP)
     plain = Run(h, tmp_path / "plain")
     warm_up = tg.Trainer.warm_up
     with ExitStack() as stack:
@@ -625,7 +883,7 @@ def steps_of(runtime: tg.Runtime) -> dict[str, Tensor]:
 def test_two_ranks_train_what_one_does(tmp_path: Path, install: Install) -> None:
     done = completed(Path(__file__), tmp_path / "two.pt", ranks=2, OMP_NUM_THREADS=1)
     assert done.returncode == 0, done.stderr
-    install(*ALL)
+    install(*ALL, SOAP)
     one, two = steps_of(cpu_runtime()), torch.load(tmp_path / "two.pt", weights_only=True)
     assert one.keys() == two.keys() and "mudd_in" in one
     for name, weight in one.items():
@@ -655,7 +913,7 @@ def test_candidates_and_their_options_are_read_from_a_variant() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ("ON=loop", "unknown; choose of loops, lanes, mudd, bare, cap"),
+        ("ON=loop", "unknown; choose of loops, lanes, mudd, bare, cap, soap"),
         ("ON=loops,loops", "loops twice"),
         ("ON=loops LOOP_FROM=half", "expected a number; its default is 0.35"),
         ("ON=loops LOOP_FIRST=1.5", "expected a whole number; its default is 3"),
@@ -675,6 +933,9 @@ def test_candidates_and_their_options_are_read_from_a_variant() -> None:
         ("ON=cap CAP_TOP=0", "CAP_TOP=0.0: expected a finite number above 0"),
         ("ON=cap CAP_WIDTH=inf", "CAP_WIDTH=inf: expected"),
         ("ON=cap CAP_SHIFT=nan", "CAP_SHIFT=nan: set a finite number"),
+        ("ON=soap SOAP_BETA=1", "SOAP_BETA=1.0: expected a decay between 0 and 1"),
+        ("ON=soap SOAP_EVERY=0", "expected 1 or more steps"),
+        ("ON=soap SOAP_SIDES=3", "expected 1 or 2"),
         ("ON=bare BARE_LAYERS=11", "expected layers of 0 to 10"),
         ("ON=bare BARE_LAYERS=-1", "expected layers of 0 to 10"),
         ("ON=bare BARE_LAYERS=5,5", "each once; set BARE_LAYERS=5"),
@@ -706,7 +967,7 @@ def test_a_run_with_all_candidates_leaves_a_row(
     for name, value in settings.items():
         monkeypatch.setenv(name, str(value))
     settings_of_all = (
-        "ON=loops,lanes,mudd,bare,cap LOOP_FIRST=1 LOOP_LAST=2 LANE_LAYERS=2 MUDD_STATES=0,1 "
+        "ON=loops,lanes,mudd,bare,cap,soap LOOP_FIRST=1 LOOP_LAST=2 LANE_LAYERS=2 MUDD_STATES=0,1 "
         "BARE_LAYERS=1 EARLY_SEQ_LEN=32"
     )
     table = tmp_path / "TABLE.md"
@@ -720,7 +981,7 @@ def test_a_run_with_all_candidates_leaves_a_row(
 
 
 if __name__ == "__main__":  # one of the ranks
-    candidates.install(ALL)
+    candidates.install([*ALL, SOAP])
     this = tg.Runtime.start(tiny(), os.environ)
     results = steps_of(this)
     if this.rank == 0:
