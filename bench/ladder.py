@@ -235,6 +235,10 @@ DESIGN = [
     Row("A", "EARLY_FRACTION=0.5", -0.002, "D -0.0029, B -0.0032"),
     Row("A", "ON=cap", -0.001, "as D"),
     Row("A", "EARLY_FRACTION=0.8", -0.0015, "0.5 -0.002; less time for 2,048"),
+    Row("A", "ON=soap MUON_BETA2=0.99", -0.003, "published 15 % fewer steps at a batch of 524k"),
+    Row("C", "ON=soap MUON_BETA2=0.99", -0.005, "as A; a larger batch is less noisy"),
+    Row("C", "EARLY_FRACTION=0.5 ON=lanes", -0.006, "-0.0044; lanes -0.0028 to -0.0043 alone"),
+    Row("C", "EARLY_FRACTION=0.5 XSA_LAYERS=11", -0.006, "-0.0044; XSA -0.0010 to -0.0033 alone"),
     # The far ends, which also test what the rest extrapolates
     Row("F", "", 0, "base"),
     Row("F", "MUON_MOMENTUM=0.97", 0, "towards the full batch"),
