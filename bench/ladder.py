@@ -85,6 +85,7 @@ BASE = {
     "EMBED_LR": "0.02",
     "SCALAR_LR": "0.01",
     "DECAY_PER_RUN": "160",
+    "MUON_BETA2": "0.95",
     "BETA2": "0.95",
     "WARMDOWN_FRACTION": "0.85",
     "ROPE_BASE": "10000",
