@@ -25,8 +25,12 @@ SUBMISSION: dict[str, Any] = json.loads((REPO / "submission.json").read_text())
 RECORDS = [REPO, REPO / "runs/frontier"]  # folders of several seeds
 OLDER = [REPO / "runs/card_whole", REPO / "runs/frontier_whole"]
 # What that run overrides
-P_TIME = {"train_batch_tokens": 98_304, "max_wallclock_seconds": 180.0, "muon_momentum": 0.95}
-P_TIME |= {"swa_share": 0.3}
+P_TIME = {
+    "train_batch_tokens": 98_304,
+    "max_wallclock_seconds": 180.0,
+    "muon_momentum": 0.95,
+    "swa_share": 0.3,
+}
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
