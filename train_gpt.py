@@ -12,8 +12,8 @@ with momentum 0.95 and 0.3 of the way to the average packed.
     RESUME_FROM=final_model.pt torchrun ... train_gpt.py                      # pack and score again
 
 Every number that matters is a field of `Hyperparameters`; an environment variable of the same name
-in capitals overrides it.  PRESET=frontier is the default card plus every extension that measured
-better.  The file follows the data.  Sections:
+in capitals overrides it.  PRESET=frontier is the default card plus the extensions that measured
+better in runs of 180 s.  The file follows the data.  Sections:
 1 constants, 2 hyperparameters, 3 runtime, 4 data, 5 model, 6 kernels, 7 quantizer, 8 optimizer and
 schedules, 9 weight averaging, 10 pack and unpack, 11 bytes of the text, 12 evaluation, 13 training,
 14 stages and main.
