@@ -259,6 +259,11 @@ def restore_case(marked: str) -> str:
     return text
 
 
+def open_model(path: Path) -> Any:
+    """Return a processor; not by the path, which SentencePiece takes in UTF-8 alone."""
+    return sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
+
+
 def has_case_marks(processor: Any) -> bool:
     """Tell whether the marks are pieces of a tokenizer, as train_gpt.py does."""
     marks = [CASE_LETTER, CASE_WORD, CASE_ESCAPE]
@@ -427,7 +432,7 @@ def byte_check(tokenizer: Path, vocab_size: int) -> Check:
         table = load_byte_table(str(tokenizer), vocab_size)
     except RunError as error:
         raise DataError(f"{tokenizer}: its bytes cannot be counted: {error}") from error
-    processor = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
+    processor = open_model(tokenizer)
 
     def fault(split: str, text: str, ids: list[int]) -> str:
         size = utf8_len(text)
@@ -1449,7 +1454,7 @@ def build_case_marked(
     splits = json.loads((dataset / "manifest.json").read_bytes())["splits"]
     shards = {split: entry["shards"] for split, entry in splits.items()}
     shards["train"] = shards["train"][: args.shards]
-    processor = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
+    processor = open_model(tokenizer)
 
     def documents(split: str) -> Iterator[str]:
         paths = [dataset / shard["file"] for shard in shards[split]]
@@ -1505,7 +1510,7 @@ def build_fineweb(args: argparse.Namespace) -> tuple[Path, Path]:
         measured = download(dataset, tokenizer, wanted, stated(manifest), fetch)
         val = sorted(dataset.glob("fineweb_val_*.bin"))
         # A manifest's bytes prove those of a case-marked text, so none are stated by its pieces.
-        is_plain = not has_case_marks(sentencepiece.SentencePieceProcessor(str(tokenizer)))
+        is_plain = not has_case_marks(open_model(tokenizer))
         size = count_text(tokenizer, args.vocab, val) if is_plain else None
         sizes = {"train": None, "val": size}
         described = describe(dataset, tokenizer.read_bytes(), tokenizer.name, sizes, measured)

@@ -411,6 +411,17 @@ def test_two_processes_building_at_once_both_succeed(tmp_path: Path, source: Pat
     assert files_in(tmp_path / "both/datasets/text_sp400") == files_in(alone)
 
 
+def test_paths_need_not_be_utf8(tmp_path: Path, source: Path) -> None:
+    """SentencePiece takes no such path."""
+    root, given = tmp_path / "data\udcff", tmp_path / "given\udcff.model"
+    dataset, tokenizer = text_command(root, source)
+    assert read_manifest(dataset)["splits"]["val"]["documents"] == 3
+    shutil.copy(tokenizer, given)
+    arguments = ["text", source, "--root", root, "--name", "mine", "--tokenizer", given]
+    prepare_data.main(list(map(str, arguments)))
+    assert (root / "datasets/mine_sp400/manifest.json").exists()
+
+
 def test_summary_states_sizes_and_the_export_line(
     tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -695,6 +706,12 @@ def test_fineweb_downloads_val_and_only_the_shards_asked_for(hub: SimpleNamespac
     tokenizer = hub.root / "tokenizers/fineweb_400_bpe.model"
     assert read_texts(dataset, "val", tokenizer)[0] in DOCUMENTS
     assert {repo for repo, _ in hub.requests} == {"me/export"}
+
+
+def test_the_root_of_fineweb_need_not_be_utf8(hub: SimpleNamespace) -> None:
+    hub.root = hub.root.with_name("data\udcff")
+    prepare_data.main(fineweb_arguments(hub, "--shards", 1, "--case-marks"))
+    assert (hub.root / "datasets/fineweb_case_sp400/manifest.json").exists()
 
 
 def test_fineweb_writes_the_manifest_of_what_is_there(hub: SimpleNamespace) -> None:
