@@ -689,7 +689,7 @@ def separators(options: list[str]) -> tuple[str, ...]:
     return tuple(map(line_feeds, plain))
 
 
-def parse_json(text: str) -> Any:
+def parse_json(text: bytes | str) -> Any:
     """Return the value; ValueError if there is none, or one too deep to read."""
     try:
         return json.loads(text)
@@ -1139,7 +1139,7 @@ def recorded(dataset: Path, source: str) -> dict[str, Any]:
     if not dataset.exists():
         return {}
     try:
-        manifest = json.loads((dataset / "manifest.json").read_bytes())
+        manifest = parse_json((dataset / "manifest.json").read_bytes())
     except (OSError, ValueError):
         manifest = None
     if not isinstance(manifest, dict) or manifest.get("source") != source:
@@ -1333,14 +1333,15 @@ def hub_fetcher(repo: str, staging: Path) -> Callable[[str], Path]:
 def published(manifest: Path, dataset: str, repo: str) -> dict[str, int]:
     """Return the shard counts of `dataset` per split, by the manifest of `repo`."""
     try:
-        entries = {entry["name"]: entry for entry in json.loads(manifest.read_bytes())["datasets"]}
+        stated = parse_json(manifest.read_bytes())["datasets"]
+        entries = {str(entry["name"]): entry for entry in stated}
         if dataset in entries:
             stats = entries[dataset]["stats"]
             counts = {split: int(stats[f"files_{split}"]) for split in ("train", "val")}
             if min(counts.values()) < 1:
                 raise ValueError
             return counts
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:  # the last of Infinity
         raise DataError(f"{repo}: unknown form of manifest.json; try another --repo") from error
     held = ", ".join(sorted(entries)) or "nothing"
     raise DataError(f"{repo}: no {dataset}, found {held}; choose another --vocab or --repo")

@@ -323,7 +323,9 @@ def test_a_sample_of_an_older_version_gets_a_new_manifest(
     assert files_in(tmp_path) == before
 
 
-@pytest.mark.parametrize("content", ["[]", "{}", "7", '{"source": 1}', "\0", '{"splits": 1}'])
+@pytest.mark.parametrize(
+    "content", ["[]", "{}", "7", '{"source": 1}', "\0", '{"splits": 1}', "[" * 100_000]
+)
 def test_a_manifest_of_another_form_is_refused_in_one_line(
     tmp_path: Path, source: Path, content: str
 ) -> None:
@@ -794,6 +796,22 @@ def test_an_export_without_validation_shards_is_refused(hub: SimpleNamespace) ->
     manifest = hub.export.parents[1] / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"files_val": 1', '"files_val": 0'))
     assert "unknown form of manifest.json" in failure(*fineweb_arguments(hub, "--shards", 1))
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("[" * 100_000, "unknown form of manifest.json"),
+        ('{"datasets": [{"name": "fineweb10B_sp400", "stats": {"files_train": 1, "files_val": '
+         "Infinity}}]}", "unknown form of manifest.json"),
+        ('{"datasets": [{"name": 7}, {"name": null}]}', "no fineweb10B_sp400, found 7, None"),
+    ],
+)  # fmt: skip
+def test_a_published_manifest_of_odd_values_is_refused_in_one_line(
+    hub: SimpleNamespace, content: str, expected: str
+) -> None:
+    (hub.export.parents[1] / "manifest.json").write_text(content)
+    assert expected in failure(*fineweb_arguments(hub, "--shards", 1))
 
 
 def test_data_may_lie_on_another_disk_than_their_root(
