@@ -415,12 +415,8 @@ def comes_back(processor: Any, documents: list[str], ids: list[list[int]]) -> bo
         return False
 
 
-def byte_check(tokenizer: Path, vocab_size: int) -> Check:
-    """Return a check that train_gpt.py counts the bytes of each document, which ends bpb's errors.
-
-    Validation documents must also decode to themselves: else another text would be scored.
-    DataError if the tokenizer cannot be counted.
-    """
+def byte_table(tokenizer: Path, vocab_size: int) -> Any:
+    """Return train_gpt.py's table of the bytes of each token; DataError if there is none."""
     try:  # late, because train_gpt.py imports this module and takes seconds
         from train_gpt import RunError, load_byte_table
     except ImportError as error:
@@ -429,9 +425,18 @@ def byte_check(tokenizer: Path, vocab_size: int) -> Check:
             "requirements.txt"
         ) from error
     try:
-        table = load_byte_table(str(tokenizer), vocab_size)
+        return load_byte_table(str(tokenizer), vocab_size)
     except RunError as error:
         raise DataError(f"{tokenizer}: its bytes cannot be counted: {error}") from error
+
+
+def byte_check(tokenizer: Path, vocab_size: int) -> Check:
+    """Return a check that train_gpt.py counts the bytes of each document, which ends bpb's errors.
+
+    Validation documents must also decode to themselves: else another text would be scored.
+    DataError if the tokenizer cannot be counted.
+    """
+    table = byte_table(tokenizer, vocab_size)
     processor = open_model(tokenizer)
 
     def fault(split: str, text: str, ids: list[int]) -> str:
@@ -1380,13 +1385,8 @@ def check_sha256(path: Path, found: str, expected: str | None) -> None:
 
 def count_text(tokenizer: Path, vocab_size: int, shards: list[Path]) -> int:
     """Return the UTF-8 bytes of the text in `shards`, as train_gpt.py counts them."""
-    from train_gpt import RunError, load_byte_table  # late, as in byte_check()
-
     tokens = [np.fromfile(path, dtype="<u2", offset=HEADER_BYTES) for path in shards]
-    try:
-        return load_byte_table(str(tokenizer), vocab_size).count(np.concatenate(tokens))
-    except RunError as error:
-        raise DataError(f"{tokenizer}: its bytes cannot be counted: {error}") from error
+    return int(byte_table(tokenizer, vocab_size).count(np.concatenate(tokens)))
 
 
 def download(

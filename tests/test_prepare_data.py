@@ -572,6 +572,20 @@ def test_a_tokenizer_that_cannot_be_counted_is_refused(
     assert not list((tmp_path / "data").glob("*/*")), "a failed command left output"
 
 
+@pytest.mark.parametrize("command", ["text", "fineweb"])
+def test_a_program_that_cannot_be_imported_is_one_line(
+    hub: SimpleNamespace, source: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    """As without torch, which the download alone does without."""
+    arguments = {
+        "text": ["text", source, "--root", hub.root, "--vocab", 400],
+        "fineweb": fineweb_arguments(hub, "--shards", 1),
+    }
+    monkeypatch.setitem(sys.modules, "train_gpt", None)
+    message = failure(*arguments[command])
+    assert "cannot be imported" in message and "pip install -r requirements.txt" in message
+
+
 @pytest.mark.parametrize("spaces", [0, 1, 3])
 def test_a_trained_tokenizer_has_pieces_for_space_and_bytes(spaces: int) -> None:
     rare = "\u6e2f\u53e3\u5f88\u5b89\u9759\u3002" * 3000 + " \u706f" * spaces
