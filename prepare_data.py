@@ -1157,7 +1157,7 @@ def recorded(dataset: Path, source: str) -> dict[str, Any]:
 
 def text_sizes(manifest: dict[str, Any]) -> dict[str, int | None]:
     """Return the bytes of each split's text as `manifest` states them."""
-    return {split: manifest["splits"][split]["bytes"] for split in ("train", "val")}
+    return {split: int(manifest["splits"][split]["bytes"]) for split in ("train", "val")}
 
 
 def is_complete(dataset: Path, tokenizer: Path, source: str) -> bool:
@@ -1167,8 +1167,14 @@ def is_complete(dataset: Path, tokenizer: Path, source: str) -> bool:
         measured = describe(dataset, tokenizer.read_bytes(), tokenizer.name, text_sizes(manifest))
         if source.startswith(TEXT_SOURCE):
             measured["twins"] = {fact: int(manifest["twins"][fact]) for fact in TWIN_FACTS}
-        return manifest == {"source": source, **measured}
-    except (OSError, DataError, LookupError, TypeError, ValueError, RuntimeError):
+        if manifest != {"source": source, **measured}:
+            return False
+        if source == SAMPLE_SOURCE:  # of which train_gpt.py cannot be asked, as in build()
+            return True
+        vocab_size = measured["tokenizer"]["vocab_size"]
+        val = [dataset / shard["file"] for shard in measured["splits"]["val"]["shards"]]
+        return count_text(tokenizer, vocab_size, val) == measured["splits"]["val"]["bytes"]
+    except (OSError, DataError, LookupError, TypeError, ValueError, ArithmeticError, RuntimeError):
         return False
 
 
@@ -1183,7 +1189,7 @@ def renew(dataset: Path, tokenizer: Path, source: str) -> bool:
         for split, entry in described["splits"].items():
             if entry["tokens"] != manifest["splits"][split]["tokens"]:
                 return False
-    except (OSError, DataError, LookupError, TypeError, ValueError, RuntimeError):
+    except (OSError, DataError, LookupError, TypeError, ValueError, ArithmeticError, RuntimeError):
         return False
     write_manifest(dataset, {"source": source, **described})
     return True

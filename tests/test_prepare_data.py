@@ -347,6 +347,20 @@ def test_a_manifest_that_lacks_a_part_is_built_again(
         assert read_manifest(dataset) == manifest
 
 
+@pytest.mark.parametrize("size", [7, -1, "many", None, float("inf"), [], True])
+def test_a_manifest_of_other_bytes_than_the_text_is_built_again(
+    tmp_path: Path, source: Path, size: object
+) -> None:
+    """train_gpt.py refuses them for case-marked shards, and says to build these again."""
+    dataset, _ = text_command(tmp_path, source)
+    manifest = read_manifest(dataset)
+    broken = json.loads(json.dumps(manifest))
+    broken["splits"]["val"]["bytes"] = size
+    (dataset / "manifest.json").write_text(json.dumps(broken))
+    text_command(tmp_path, source)
+    assert read_manifest(dataset) == manifest
+
+
 def test_a_changed_byte_in_a_shard_is_built_again(tmp_path: Path, source: Path) -> None:
     dataset, _ = text_command(tmp_path, source)
     shard = dataset / "fineweb_val_000000.bin"
