@@ -184,12 +184,13 @@ class Parts(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """What manifest.json states of a shard, and its number of documents."""
+    """What manifest.json states of a shard, its number of documents and largest token id."""
 
     file: str
     tokens: int
     sha256: str
     documents: int
+    largest: int
 
 
 @dataclass(frozen=True)
@@ -296,7 +297,13 @@ def shard_facts(path: Path) -> Facts:
     content = path.read_bytes()
     tokens = np.frombuffer(content, dtype="<u2", offset=HEADER_BYTES)
     documents = int(np.count_nonzero(tokens == BOS_ID))
-    return Facts(path.name, count, hashlib.sha256(content).hexdigest(), documents)
+    largest = int(tokens.max(initial=0))
+    return Facts(path.name, count, hashlib.sha256(content).hexdigest(), documents, largest)
+
+
+def shard_paths(dataset: Path, split: str) -> list[Path]:
+    """Return the shards of `split`, without fineweb_val_bytes_*.bin, which hold no tokens."""
+    return sorted(dataset.glob(f"fineweb_{split}_{'[0-9]' * 6}.bin"))
 
 
 def describe(
@@ -318,7 +325,7 @@ def describe(
     """
     splits: dict[str, Any] = {}
     for split, size in sizes.items():
-        paths = sorted(dataset.glob(f"fineweb_{split}_{'[0-9]' * 6}.bin"))
+        paths = shard_paths(dataset, split)
         shards = [(known or {}).get(path.name) or shard_facts(path) for path in paths]
         splits[split] = {
             "documents": sum(shard.documents for shard in shards),
@@ -1398,6 +1405,7 @@ def count_text(tokenizer: Path, vocab_size: int, shards: list[Path]) -> int:
 def download(
     dataset: Path,
     tokenizer: Path,
+    vocab_size: int,
     counts: dict[str, int],
     expected: dict[str, str],
     fetch: Callable[[str], Path],
@@ -1411,6 +1419,12 @@ def download(
     def check_shard(path: Path) -> None:
         facts = shard_facts(path)
         check_sha256(path, facts.sha256, expected.get(path.name))
+        if not facts.tokens or facts.largest >= vocab_size:
+            found = f"{facts.largest}" if facts.tokens else "no tokens"
+            raise DataError(
+                f"{path}: expected token ids below {vocab_size}, found {found}; choose another "
+                "--vocab or --repo"
+            )
         measured[path.name] = facts
 
     def check_model(path: Path) -> None:
@@ -1424,8 +1438,8 @@ def download(
     if tokenizer.name not in expected:  # one that is there may be another export's
         tokenizer.unlink(missing_ok=True)
     place(tokenizer, check_model, fetch, f"tokenizers/{tokenizer.name}")
-    for path in sorted(dataset.glob("fineweb_*.bin")):  # also those of an earlier --shards
-        if path.name not in measured:
+    for path in chain(*(shard_paths(dataset, split) for split in counts)):
+        if path.name not in measured:  # of an earlier --shards
             check_shard(path)
     return measured
 
@@ -1514,8 +1528,8 @@ def build_fineweb(args: argparse.Namespace) -> tuple[Path, Path]:
             write_manifest(scratch, {"source": repo})
             move(scratch, dataset)
         wanted = {"val": counts["val"], "train": args.shards}
-        measured = download(dataset, tokenizer, wanted, stated(manifest), fetch)
-        val = sorted(dataset.glob("fineweb_val_*.bin"))
+        measured = download(dataset, tokenizer, args.vocab, wanted, stated(manifest), fetch)
+        val = shard_paths(dataset, "val")
         # A manifest's bytes prove those of a case-marked text, so none are stated by its pieces.
         is_plain = not has_case_marks(open_model(tokenizer))
         size = count_text(tokenizer, args.vocab, val) if is_plain else None

@@ -810,6 +810,29 @@ def test_a_damaged_download_is_not_put_in_place(hub: SimpleNamespace) -> None:
     assert not (hub.root / "datasets/fineweb10B_sp400/fineweb_train_000000.bin").exists()
 
 
+@pytest.mark.parametrize("more", [[], ["--case-marks"]])
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize(("tokens", "found"), [([1, 400, 7], "400"), ([], "no tokens")])
+def test_published_tokens_of_no_piece_are_refused(
+    hub: SimpleNamespace, split: str, tokens: list[int], found: str, more: list[str]
+) -> None:
+    shard = hub.export / f"fineweb_{split}_000000.bin"
+    prepare_data.write_shard(shard, np.array(tokens, dtype=np.uint16))
+    message = failure(*fineweb_arguments(hub, "--shards", 1, *more))
+    assert f"{shard.name}: expected token ids below 400, found {found}; choose" in message
+    assert not (hub.root / "datasets/fineweb10B_sp400" / shard.name).exists()
+
+
+def test_bytes_beside_published_shards_are_not_counted_as_tokens(hub: SimpleNamespace) -> None:
+    prepare_data.main(fineweb_arguments(hub, "--shards", 1))
+    dataset = hub.root / "datasets/fineweb10B_sp400"
+    manifest = read_manifest(dataset)
+    beside = dataset / "fineweb_val_bytes_000000.bin"
+    prepare_data.write_shard(beside, np.array([0, 50, 60], dtype=np.uint16))
+    prepare_data.main(fineweb_arguments(hub, "--shards", 1))
+    assert read_manifest(dataset) == manifest
+
+
 def test_fineweb_mistakes_are_named_in_one_line(hub: SimpleNamespace) -> None:
     message = failure(*fineweb_arguments(hub, "--shards", 4))
     assert "expected 1 to 3" in message and "found 4" in message
