@@ -1331,13 +1331,18 @@ def hub_fetcher(repo: str, staging: Path) -> Callable[[str], Path]:
     """Return a function that downloads one file of the export in `repo` to `staging`."""
     try:
         from huggingface_hub import hf_hub_download
+    except ModuleNotFoundError as error:
+        raise DataError(f"{error.name} is missing; run: pip install huggingface_hub") from error
     except ImportError as error:
-        raise DataError("huggingface_hub is missing; run: pip install huggingface_hub") from error
+        raise DataError(
+            f"huggingface_hub cannot be imported: {error}; run: pip install -U huggingface_hub"
+        ) from error
 
     def fetch(name: str) -> Path:
         remote = f"datasets/{name}"  # the export's folder in the repository
         try:
-            return Path(hf_hub_download(repo, remote, repo_type="dataset", local_dir=staging))
+            path = hf_hub_download(repo, remote, repo_type="dataset", local_dir=staging)
+            return Path(path).resolve()  # versions before 0.23 give a relative link to their cache
         except Exception as error:  # the hub's errors share no base class across its versions
             reason = (str(error).strip().splitlines() or [""])[0]
             raise DataError(

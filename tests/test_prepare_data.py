@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -496,6 +496,16 @@ def test_missing_huggingface_hub_names_the_pip_command(
     assert "pip install huggingface_hub" in failure("fineweb", "--root", tmp_path)
 
 
+def test_another_huggingface_hub_is_not_called_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """pip would say that it is there already."""
+    monkeypatch.setitem(sys.modules, "huggingface_hub", ModuleType("huggingface_hub"))
+    message = failure("fineweb", "--root", tmp_path)
+    assert "cannot import name 'hf_hub_download'" in message
+    assert message.endswith("pip install -U huggingface_hub")
+
+
 def spm(texts: list[str], path: Path, **options: Any) -> Path:
     """A SentencePiece model of 400 pieces with the challenge's ids; the rest is default."""
     model = io.BytesIO()
@@ -790,6 +800,28 @@ def test_fineweb_fetches_only_what_is_missing_or_damaged(hub: SimpleNamespace) -
     fetched = [Path(name).name for _, name in hub.requests]
     assert fetched == ["manifest.json", "fineweb_train_000001.bin", "fineweb_train_000002.bin"]
     assert damaged.read_bytes() == good
+
+
+def test_links_to_a_cache_of_downloads_are_not_moved(
+    hub: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """huggingface_hub before 0.23 gives relative ones for large files, which lead nowhere then."""
+    download = sys.modules["huggingface_hub"].hf_hub_download
+
+    def linked(repo_id: str, filename: str, *, repo_type: str, local_dir: Path) -> str:
+        local = Path(download(repo_id, filename, repo_type=repo_type, local_dir=local_dir))
+        blob = tmp_path / "cache" / local.name
+        blob.parent.mkdir(exist_ok=True)
+        local.replace(blob)
+        local.symlink_to(os.path.relpath(blob, local.parent))
+        return str(local)
+
+    monkeypatch.setattr(sys.modules["huggingface_hub"], "hf_hub_download", linked)
+    prepare_data.main(fineweb_arguments(hub, "--shards", 1))
+    check_manifest(
+        hub.root / "datasets/fineweb10B_sp400", hub.root / "tokenizers/fineweb_400_bpe.model"
+    )
+    assert not any(path.is_symlink() for path in hub.root.rglob("*"))
 
 
 def test_fineweb_never_mixes_repositories_or_foreign_shards(hub: SimpleNamespace) -> None:
