@@ -1020,9 +1020,9 @@ def twin_groups(documents: list[str], similarity: float = SIMILAR) -> list[list[
     return [sorted(i for form in group for i in index[form]) for group in ordered]
 
 
-def check_vocab(vocab_size: int) -> None:
+def check_vocab(vocab_size: int, what: str = "vocabulary") -> None:
     if not 1 <= vocab_size <= MAX_VOCAB:
-        raise DataError(f"vocabulary: expected 1 to {MAX_VOCAB} (uint16 ids), found {vocab_size}")
+        raise DataError(f"{what}: expected 1 to {MAX_VOCAB} (uint16 ids), found {vocab_size}")
 
 
 def train_tokenizer(
@@ -1085,12 +1085,12 @@ def train_tokenizer(
 def load_tokenizer(path: Path) -> tuple[bytes, int]:
     """Return (serialised model, vocabulary size); DataError unless it suits the shard format."""
     try:
-        model = path.read_bytes()
+        model = path.read_bytes() or b"no model"  # SentencePiece takes no bytes for one
         processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     except (OSError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or "not a SentencePiece model"
         raise DataError(f"{path}: cannot be used as tokenizer: {reason}") from error
-    check_vocab(processor.vocab_size())
+    check_vocab(processor.vocab_size(), f"{path}: pieces")
     if processor.bos_id() != BOS_ID:
         raise DataError(f"{path}: expected BOS id {BOS_ID}, found {processor.bos_id()}; retrain it")
     return model, processor.vocab_size()
@@ -1519,6 +1519,8 @@ def build_fineweb(args: argparse.Namespace) -> tuple[Path, Path]:
         known = ", ".join(map(str, FINEWEB_REPOS))
         raise DataError(f"--vocab: exports known for {known}, found {args.vocab}; name a --repo")
     staging = args.root / ".fineweb_download"  # outlives an interruption: the hub client resumes
+    if args.case_marks:
+        chosen_tokenizer(args)  # refused before the download, not after it
     fetch = hub_fetcher(repo, staging)
     dataset = args.root / "datasets" / f"fineweb10B_sp{args.vocab}"
     tokenizer = args.root / "tokenizers" / f"fineweb_{args.vocab}_bpe.model"

@@ -489,6 +489,27 @@ def test_damaged_archive_and_tokenizer_are_named(tmp_path: Path, source: Path) -
     assert str(source) in message and "not a SentencePiece model" in message
 
 
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [(b"", "not a SentencePiece model"), (None, "pieces: expected 1 to 300 (uint16 ids), found")],
+)
+def test_a_tokenizer_that_no_shard_can_have_is_named(
+    tmp_path: Path,
+    source: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    content: bytes | None,
+    expected: str,
+) -> None:
+    given = tmp_path / "given.model"
+    if content is None:  # of too many pieces for the limit below
+        spm(plain_words(200), given)
+        monkeypatch.setattr(prepare_data, "MAX_VOCAB", 300)
+    else:
+        given.write_bytes(content)
+    message = failure("text", source, "--root", tmp_path, "--tokenizer", given)
+    assert message.startswith(f"prepare_data: {given}: ") and expected in message
+
+
 def test_missing_huggingface_hub_names_the_pip_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -985,6 +1006,15 @@ def test_fineweb_takes_a_given_case_marked_tokenizer(hub: SimpleNamespace, tmp_p
     assert (hub.root / "tokenizers/fineweb_case_400_bpe.model").read_bytes() == given.read_bytes()
     message = failure(*fineweb_arguments(hub, "--shards", 1, "--tokenizer", given))
     assert "add --case-marks" in message
+
+
+def test_a_tokenizer_without_marks_is_refused_before_the_download(
+    hub: SimpleNamespace, tmp_path: Path
+) -> None:
+    given = spm(plain_words(200), tmp_path / "given.model")
+    message = failure(*fineweb_arguments(hub, "--case-marks", "--tokenizer", given))
+    assert str(given) in message and "expected pieces U+E001" in message
+    assert not hub.requests
 
 
 def test_published_tokens_that_lack_characters_are_refused(hub: SimpleNamespace) -> None:
