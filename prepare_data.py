@@ -1270,6 +1270,16 @@ def check_text_options(args: argparse.Namespace) -> None:
         raise DataError(f"--similarity: expected above 0, at most 1, found {args.similarity}")
 
 
+def fraction_for(size: int, total: int) -> float:
+    """Return a short fraction that gives `size` of `total` bytes room and little more."""
+    share = size / total
+    for digits in range(2, 16):
+        fraction = math.ceil(share * 10**digits) / 10**digits
+        if fraction <= 1.05 * share and int(fraction * total) >= size:
+            break
+    return fraction
+
+
 def check_share(train: list[str], val: list[str], fraction: float) -> None:
     """DataError if validation is not within half and twice the `fraction` of the text asked for."""
     smallest = min(map(utf8_len, train), default=0)
@@ -1277,12 +1287,14 @@ def check_share(train: list[str], val: list[str], fraction: float) -> None:
     total = size + sum(map(utf8_len, train))
     if not fraction / 2 <= size / total <= 2 * fraction:
         share = size / total
-        enough = share if share > fraction else (size + smallest) / total
+        enough = fraction_for(size if share > fraction else size + smallest, total)
+        if enough >= 1:  # some text must be left for training
+            enough = fraction_for(size, total)
         raise DataError(
             f"validation would be {size:,} of {total:,} bytes, {share:.2g} of the text, for "
             f"--val-fraction {fraction}: its {len(train) + len(val)} documents, of which "
             "near-identical ones stay together, are too few or too long; tell where documents end "
-            f"(--separator), add files, or set --val-fraction {math.ceil(100 * enough) / 100}"
+            f"(--separator), add files, or set --val-fraction {enough}"
         )
 
 

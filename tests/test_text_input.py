@@ -546,6 +546,27 @@ def test_a_split_far_from_the_share_asked_is_refused(
     assert not list((tmp_path / "data").glob("*/*")), "a failed command left output"
 
 
+@pytest.mark.parametrize(
+    ("sizes", "fraction"),
+    [((13, 1717), 0.2), ((274, 435, 642, 5990, 26265), 0.5), ((554, 65342, 78138), 0.001),
+     ((29, 71), 0.05), ((3, 900_000), 0.05), ((4, 42), 0.9)],
+)  # fmt: skip
+def test_the_share_that_a_refusal_names_is_accepted(
+    sizes: tuple[int, ...], fraction: float
+) -> None:
+    documents = ["x" * size for size in sizes]
+
+    def build(fraction: float) -> None:
+        sides = prepare_data.split_documents(documents, int(fraction * sum(sizes)))
+        prepare_data.check_share(*sides, fraction)
+
+    with pytest.raises(prepare_data.DataError) as caught:
+        build(fraction)
+    named = float(str(caught.value).split("--val-fraction ")[-1])
+    assert 0 < named < 1
+    build(named)
+
+
 def test_texts_that_are_all_twins_are_refused(tmp_path: Path, file: Callable[..., Path]) -> None:
     path = file("\0".join(f"{story(1)} number {i}" for i in range(50)))
     message = failure("text", path, "--root", tmp_path / "data", "--vocab", 300)
