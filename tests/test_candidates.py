@@ -411,6 +411,28 @@ def test_logits_are_bounded_on_one_side_in_training_and_in_scores(
     torch.testing.assert_close(model.mean_loss(inputs, targets), expected.mean())
 
 
+def test_kernels_are_tried_against_the_bound_that_they_have(
+    install: Install, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against the other one the fused loss is wrong, and no fused layer would be left."""
+    h = tiny()
+    x, table = normal(1, 4, h.model_dim), normal(h.vocab_size, h.model_dim, seed=1)
+    targets = torch.arange(4)[None]
+    plain = tg.mean_token_loss(x, table, targets, h.logit_softcap)
+    tried: list[Tensor] = []
+
+    def trial(*_: object) -> tg.Kernels:
+        tried.append(tg.mean_token_loss(x, table, targets, h.logit_softcap))
+        return tg.Kernels(heads=tg.FusedHeads.apply)
+
+    monkeypatch.setattr(tg, "choose_kernels", trial)
+    install(Cap())
+    kernels = tg.choose_kernels(h, cpu_runtime(), tg.RunLog(None))
+    assert torch.equal(tried[0], plain)
+    assert kernels.heads == tg.FusedHeads.apply, "what the trial finds correct stays"
+    assert not torch.equal(kernels.mean_loss(x, table, targets, h.logit_softcap), plain)
+
+
 def test_decay_alone_moves_weights_that_no_layer_reads(install: Install) -> None:
     h = tiny()
     install(BARE)
