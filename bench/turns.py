@@ -11,7 +11,9 @@ score on its GPU.  So it trains alone: while none of them does.
 
 from __future__ import annotations
 
+import datetime
 import fcntl
+import functools
 import os
 import sys
 import tempfile
@@ -22,6 +24,8 @@ from typing import IO, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train_gpt as tg
+
+LONGEST_WAIT = datetime.timedelta(days=7)
 
 
 def turn_files(env: Mapping[str, str]) -> list[Path]:
@@ -73,7 +77,14 @@ def take_turns(locks: Sequence[Path]) -> None:
     tg.train = train_and_give_way
 
 
+def wait_as_long_as_it_takes() -> None:
+    """Ranks that wait for the first one would give up after 30 minutes, and end the run."""
+    join = tg.dist.init_process_group
+    tg.dist.init_process_group = functools.partial(join, timeout=LONGEST_WAIT)
+
+
 if __name__ == "__main__":
+    wait_as_long_as_it_takes()
     if os.environ.get("LOCAL_RANK", "0") == "0":
         take_turns(turn_files(os.environ))
     tg.main()

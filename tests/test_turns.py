@@ -1,16 +1,19 @@
 """Runs that share GPUs train one after another."""
 
 import fcntl
+import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 import pytest
-from support import REPO, tiny
+from small_run import data_in, environment
+from support import REPO, launch, tiny, wait_for
 from support import train_gpt as tg
 
 sys.path.insert(0, str(REPO / "bench"))
@@ -165,3 +168,31 @@ def test_the_first_rank_waits_and_the_program_runs(tmp_path: Path, rank: str) ->
     assert "NUM_LAYERS" in done.stderr and "Traceback" not in done.stderr
     files = sorted(path.suffix for path in tmp_path.iterdir())
     assert files == ([".lock", ".others"] if rank == "0" else [])
+
+
+IMPATIENT = """
+import datetime, runpy, sys
+import torch.distributed.distributed_c10d as c10d
+c10d.default_pg_timeout = datetime.timedelta(seconds=4)  # in place of 30 minutes
+runpy.run_path({script!r}, run_name="__main__")
+"""
+
+
+def test_ranks_wait_for_their_turn_longer_than_torch_waits_for_a_rank(tmp_path: Path) -> None:
+    script = tmp_path / "impatient.py"
+    script.write_text(IMPATIENT.format(script=str(REPO / "bench/turns.py")))
+    out = tmp_path / "out"
+    out.mkdir()
+    settings = environment(data_in(tmp_path), out, TMPDIR=tmp_path)
+    log = out / "train_seed1337.partial.log"
+    with another_run(tmp_path / f"training_of_{os.getuid()}_on_gpu_0.lock", fcntl.LOCK_EX) as other:
+        process = launch(script, ranks=2, cwd=out, **settings)
+        for _ in range(600):
+            if process.poll() is not None or (log.exists() and "warm-up:" in log.read_text()):
+                break
+            time.sleep(0.1)
+        time.sleep(6)  # in turn
+        assert process.poll() is None, process.communicate()
+        fcntl.flock(other, fcntl.LOCK_UN)
+        done = wait_for(process)
+    assert done.returncode == 0, done.stderr
