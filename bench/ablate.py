@@ -409,8 +409,8 @@ def main(arguments: list[str], table: Path, workers: int = 1) -> None:
             with table.open("a") as file:
                 file.write(f"{head}{line}\n")
             head = ""
-            if isinstance(result, Result):
-                base = base or result
+            if isinstance(result, Result) and variant is variants[0]:
+                base = result
 
 
 def one(variant: Variant) -> None:

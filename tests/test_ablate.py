@@ -371,6 +371,18 @@ def test_rows_come_in_order_and_a_failure_stops_nothing(small: Path) -> None:
     assert not list((small / "out").glob("*/*.json")), "a variant is no seed of a submission"
 
 
+def test_nothing_is_against_a_first_run_that_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = {"trained": 1.2, "averaged": 1.2, "packed": 1.2}
+    result = ablate.Result(scores, 72.0, 800, 15_900_000, 1337)
+    found = {"first": "out of memory", "second": result, "third": result}
+    monkeypatch.setattr(ablate, "in_a_process", lambda variant, *_: found[variant.name])
+    ablate.main(list(found), tmp_path / "TABLE.md")
+    for line in (tmp_path / "TABLE.md").read_text().splitlines()[-2:]:
+        assert line.split(" | ")[6] == ""
+
+
 NVIDIA_SMI = "#!/bin/sh\necho '0, NVIDIA H100'\necho '1, NVIDIA H100'\n"
 
 
