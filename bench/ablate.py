@@ -238,6 +238,9 @@ def check_keys(variant: Variant) -> None:
         if key not in known:
             options = ", ".join(candidates.OPTIONS)
             raise Mistake(f"{key}={text}: no setting; options of candidates are {options}")
+    for key in ("OFF", "ON"):
+        if os.environ.get(key):
+            raise Mistake(f"{key} is in the environment; write it into the variants")
     for key, name in candidates.OPTIONS.items():
         if key in os.environ:
             raise Mistake(

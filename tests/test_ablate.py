@@ -57,6 +57,16 @@ def test_what_cannot_run_is_refused_before_any_run(
     assert not (tmp_path / "TABLE.md").exists()
 
 
+@pytest.mark.parametrize(("key", "names"), [("OFF", "smear"), ("ON", "loops")])
+def test_what_all_variants_would_seem_to_share_is_refused(
+    key: str, names: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No variant reads it: it would be a run of the base."""
+    monkeypatch.setenv(key, names)
+    with pytest.raises(ablate.Mistake, match=f"{key} is in the environment"):
+        ablate.check(ablate.parse("base"))
+
+
 def test_what_would_lose_a_row_is_refused_before_any_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
