@@ -214,7 +214,7 @@ def parse(argument: str) -> Variant:
 
 
 def check(variant: Variant) -> None:
-    """Raises Mistake for what would end its run at once."""
+    """Raises Mistake for what would end its run at once or change nothing."""
     for name in variant.off:
         if name not in TECHNIQUES:
             raise Mistake(f"OFF={name}: unknown; choose of {', '.join(TECHNIQUES)}")
@@ -226,6 +226,11 @@ def check(variant: Variant) -> None:
     for name in ("EVAL_ONLY", "RESUME_FROM"):
         if getattr(h, name.lower()):
             raise Mistake(f"{name}={getattr(h, name.lower())}: a variant is trained; unset it")
+    if "steady_momentum" in variant.off and h.max_wallclock_seconds > 0:
+        raise Mistake(
+            f"OFF=steady_momentum: it would fall towards step {h.iterations}, which the clock does "
+            "not reach; set MAX_WALLCLOCK_SECONDS=0 and ITERATIONS"
+        )
     candidates.check(added, h)
     check_keys(variant)
 

@@ -47,6 +47,7 @@ def test_an_argument_that_is_none_is_refused(argument: str) -> None:
         ("x: ITERATION=3", "ITERATIONS"),
         ("x: EVAL_ONLY=final_model.ptz", "a variant is trained"),
         ("x: RESUME_FROM=final_model.pt", "a variant is trained"),
+        ("x: OFF=steady_momentum MAX_WALLCLOCK_SECONDS=180", "set MAX_WALLCLOCK_SECONDS=0"),
     ],
 )
 def test_what_cannot_run_is_refused_before_any_run(
