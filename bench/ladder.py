@@ -1029,7 +1029,10 @@ def draw(done: Mapping[str, Record], score: str, noise: float, picture: Path) ->
         draw_optima(axes[2, column], name, "steps", optima, law)
     title = "bars: one standard deviation; hollow: by the common curvature; grey: the base"
     figure.suptitle(f"{len(done)} rows; {title}", fontsize=9)
-    figure.savefig(picture, dpi=100)
+    try:
+        figure.savefig(picture, dpi=100)
+    except ValueError as error:  # a format that matplotlib does not write
+        raise ablate.Mistake(f"--picture {picture}: {error}") from None
     pyplot.close(figure)
 
 

@@ -48,13 +48,14 @@ class Curves(NamedTuple):
 
 
 def read_log(text: str) -> Curves:
-    """Raises RunError if `text` holds no settings or no steps."""
+    """Raises RunError if `text` holds no settings or no two steps."""
     h, lines = read_settings(text)
     losses = points(lines, "train_loss")
     tg.require(losses, "the log ends before the first step")
     last = last_step(lines)
     if last and last.step > losses[-1].step:  # a run that the clock ends stops between two lines
         losses.append(last)
+    tg.require(len(losses) > 1, "the log holds one step, and a curve needs two")
 
     qat = re.search(r"^late_qat:on step:(\d+)", lines, re.M)
     scores = {}
@@ -74,7 +75,10 @@ def read_settings(text: str) -> tuple[tg.Hyperparameters, str]:
     if not found:
         raise tg.RunError("no log of this program: expected its settings after a line of 80 '='")
     rest = text[found.end() :]
-    logged, end = json.JSONDecoder().raw_decode(rest)
+    try:
+        logged, end = json.JSONDecoder().raw_decode(rest)
+    except ValueError:
+        raise tg.RunError("the log ends within its settings") from None
     known = {field.name for field in dataclasses.fields(tg.Hyperparameters)}
     settings = {name: value for name, value in logged.items() if name in known}
     return tg.Hyperparameters(**settings), rest[end:]
@@ -149,7 +153,10 @@ def draw(curves: Curves, picture: Path) -> None:
         f"{h.run_id}, seed {h.seed}, {curves.train_loss[-1].step} steps of "
         f"{h.train_batch_tokens:,} tokens"
     )
-    figure.savefig(picture, dpi=120)
+    try:
+        figure.savefig(picture, dpi=120)
+    except ValueError as error:  # a format that matplotlib does not write
+        raise tg.RunError(f"{picture}: {error}") from None
     pyplot.close(figure)
 
 

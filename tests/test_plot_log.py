@@ -69,7 +69,11 @@ def test_the_committed_log_makes_a_picture(tmp_path: Path) -> None:
     assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("text", ["", "no settings", f"{'=' * 80}\n{{}}\nno steps"])
+NO_LOGS = ["", "no settings", f"{'=' * 80}\n{{}}\nno steps", f'{"=" * 80}\n{{"seed": 1']
+ONE_STEP = "step:1/9 train_loss:5.0 train_time:70ms step_avg:70ms\n"
+
+
+@pytest.mark.parametrize("text", [*NO_LOGS, f"{'=' * 80}\n{{}}\n{ONE_STEP}"])
 def test_a_text_that_is_no_log_is_refused(text: str) -> None:
     with pytest.raises(train_gpt.RunError, match="log"):
         plot_log.read_log(text)
