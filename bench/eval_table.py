@@ -66,7 +66,7 @@ def load_dump(path: str, targets: int, h: tg.Hyperparameters) -> dict[str, np.nd
     try:
         with np.load(path) as saved:
             nats = {name: saved[name] for name in saved.files}
-    except (OSError, ValueError, AttributeError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, ValueError, AttributeError, zipfile.BadZipFile) as error:
         problem = f"{path}: not a file that EVAL_DUMP has written ({error})"
         raise tg.RunError(problem) from None
     for name, losses in nats.items():

@@ -8,6 +8,7 @@ MISTAKES = {
     "pack.py final_model.pt much": "invalid float value: 'much'",
     "plot_log.py train.png": "train.png: 'utf-8' codec can't decode",
     "plot_log.py train.log train.txt": "train.txt: Format 'txt' is not supported",
+    "eval_table.py /dev/null": "/dev/null: not a file that EVAL_DUMP has written",
     "eval_table.py train.log": "train.log: not a file that EVAL_DUMP has written",
     "scaling.py many": "TIMED_STEPS=many: expected a whole number",
     "scaling.py -1": "TIMED_STEPS=-1: expected a whole number",
