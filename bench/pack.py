@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import math
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -144,6 +145,8 @@ if __name__ == "__main__":
     parser.add_argument("path", help="final_model.ptz or final_model.pt")
     parser.add_argument("budgets", nargs="*", type=float, default=[16.0], help="10^6 bytes")
     arguments = parser.parse_args()
+    if not all(0 < budget < math.inf for budget in arguments.budgets):
+        parser.error("budgets: expected numbers of 10^6 bytes above 0")
     try:
         main(arguments.path, arguments.budgets)
     except (tg.RunError, OSError) as error:

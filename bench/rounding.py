@@ -210,6 +210,7 @@ class Validation:
         self.h = h
         tokens = tg.Evaluator.open(h, tg.Runtime(torch.device("cpu"))).tokens
         distance = (len(tokens) - h.train_seq_len - 1) // count
+        tg.require(distance > 0, f"SCORED={count}: the validation split has fewer; lower it")
         self.windows = tokens.unfold(0, h.train_seq_len + 1, distance)[:count].long()
         table = tg.load_byte_table(h.tokenizer_path, h.vocab_size)
         self.text_bytes = sum(table.count(window.numpy()) for window in self.windows)
@@ -258,17 +259,28 @@ def ways_in(text: str) -> list[str]:
     return ways
 
 
-def numbers_in(text: str) -> list[float]:
-    return [float(part) for part in text.split(",")]
+def grid_steps_in(text: str) -> list[float]:
+    grid_steps = [float(part) for part in text.split(",")]
+    if not all(0 < grid_step < math.inf for grid_step in grid_steps):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected grid steps above 0")
+    return grid_steps
+
+
+def count_in(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected 1 or more windows")
+    return int(text)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("path", help="final_model.pt")
     parser.add_argument("ways", type=ways_in, help=f"of {', '.join(WAYS)}, with commas between")
-    parser.add_argument("grid_steps", type=numbers_in, help="with commas between")
-    parser.add_argument("calibration", type=int, nargs="?", default=16, help="training windows")
-    parser.add_argument("scored", type=int, nargs="?", default=24, help="validation windows")
+    parser.add_argument("grid_steps", type=grid_steps_in, help="with commas between")
+    parser.add_argument(
+        "calibration", type=count_in, nargs="?", default=16, help="training windows"
+    )
+    parser.add_argument("scored", type=count_in, nargs="?", default=24, help="validation windows")
     arguments = parser.parse_args()
     try:
         main(**vars(arguments), stage=os.environ.get("STAGE", "averaged"))

@@ -19,6 +19,11 @@ MISTAKES = {
     "ladder.py plot --picture x.txt": "--picture x.txt: Format 'txt' is not supported",
     "ladder.py run --seconds 0 --only [": "--only [: no regular expression",
     "ablate.py --help": "expected 'name (prediction): KEY=VALUE ...'",
+    "pack.py final_model.pt nan": "budgets: expected numbers of 10^6 bytes above 0",
+    "pack.py final_model.pt inf": "budgets: expected numbers of 10^6 bytes above 0",
+    "rounding.py final_model.pt nearest 0": "'0': expected grid steps above 0",
+    "rounding.py final_model.pt nearest 0.01 0": "'0': expected 1 or more windows",
+    "rounding.py final_model.pt nearest 0.01 16 0": "'0': expected 1 or more windows",
     "rounding.py final_model.pt nearby 0.01": "'nearby': choose of nearest, gptq, fisher",
 }
 
