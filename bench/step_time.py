@@ -238,6 +238,9 @@ def table(result: dict[str, Any]) -> str:
 
 def main(arguments: list[str]) -> None:
     tg.require(torch.cuda.is_available(), "no GPU: there is nothing to time")
+    if arguments:
+        folder = Path(arguments[0]).parent
+        tg.require(folder.is_dir(), f"{arguments[0]}: make its folder first")
     measured = measure()
     if arguments:
         Path(arguments[0]).write_text(json.dumps(measured, indent=1))

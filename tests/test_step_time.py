@@ -6,6 +6,7 @@ import itertools
 import math
 import re
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -107,6 +108,14 @@ def test_the_work_of_a_step_is_that_of_its_shape() -> None:
 def test_without_a_gpu_step_time_ends_with_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "no GPU" in refusal(step_time.main, [])
+
+
+def test_what_cannot_be_written_is_refused_before_it_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(step_time, "measure", lambda: {})
+    assert "make its folder first" in refusal(step_time.main, [str(tmp_path / "none/times.json")])
 
 
 def test_attention_prints_a_row_for_each_kernel() -> None:
