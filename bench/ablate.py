@@ -335,9 +335,13 @@ def in_a_process(
             # compiled after 140 s.
             environment.setdefault("OMP_NUM_THREADS", "1")
         pipe = subprocess.PIPE
-        with subprocess.Popen(
-            command, stdout=pipe, stderr=pipe, text=True, env=environment
-        ) as process:
+        try:
+            process = subprocess.Popen(
+                command, stdout=pipe, stderr=pipe, text=True, env=environment
+            )
+        except OSError as error:  # no memory or no process is left; the other runs go on
+            return f"cannot start: {error}"
+        with process:
             running.append(process)
             out, said = process.communicate()
 

@@ -1,5 +1,6 @@
 """bench/ablate.py: what is asked for is run, and every run leaves a row."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -453,6 +454,17 @@ def test_runs_on_gpus_do_not_take_all_cores_each(
     monkeypatch.setattr(ablate.subprocess, "Popen", start)
     with pytest.raises(Started):
         ablate.in_a_process(ablate.parse("base"), [], gpu)
+
+
+def test_a_run_that_cannot_start_fails_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else it would take the rows of those that run beside it with it."""
+
+    def start(*_: object, **__: object) -> None:
+        raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr(ablate.subprocess, "Popen", start)
+    result = ablate.in_a_process(ablate.parse("base"), [])
+    assert isinstance(result, str) and "temporarily unavailable" in result
 
 
 @pytest.mark.parametrize("asked", ["1", "0", None])
