@@ -480,7 +480,6 @@ class SoapState(NamedTuple):
 
     sides: tuple[Side, ...]
     mean_square: Tensor  # (n, R, C) float32, running mean: of the gradient in the bases
-    steps_done: Tensor  # the optimizer's own
 
 
 POLAR_STEPS = 4  # of Newton-Schulz: singular values of 0.7 to 1 come within 1e-6 of 1
@@ -532,9 +531,6 @@ class Soap(NamedTuple):
     """
 
     soap_beta: float = 0.95  # decay per step of the covariances
-    # Steps from one turn of the bases to the next.  It selects one of two results on the device,
-    # so that a captured graph follows: more than 1 takes as long.
-    soap_every: int = 1
     soap_sides: int = 1  # 2: square matrices have a basis on both sides
 
     def check(self, h: tg.Hyperparameters) -> None:
@@ -542,10 +538,9 @@ class Soap(NamedTuple):
             0 < self.soap_beta < 1,
             f"SOAP_BETA={self.soap_beta}: expected a decay between 0 and 1, such as 0.95",
         )
-        require(self.soap_every >= 1, f"SOAP_EVERY={self.soap_every}: expected 1 or more steps")
         require(self.soap_sides in (1, 2), f"SOAP_SIDES={self.soap_sides}: expected 1 or 2")
 
-    def state(self, master: Tensor, steps_done: Tensor) -> SoapState:
+    def state(self, master: Tensor) -> SoapState:
         """Of a share of a bank before its first step."""
         rows, columns = master.shape[-2:]
         dims = (-2, -1) if rows == columns else (-2,) if rows < columns else (-1,)
@@ -556,7 +551,7 @@ class Soap(NamedTuple):
             return Side(dim, torch.zeros_like(basis), basis)
 
         sides = tuple(side(dim) for dim in dims[: self.soap_sides])
-        return SoapState(sides, torch.zeros_like(master), steps_done)
+        return SoapState(sides, torch.zeros_like(master))
 
     def update(
         self,
@@ -573,22 +568,21 @@ class Soap(NamedTuple):
         """In place of `muon_update`: a step of a share (n, R, C) of a bank.
 
         Covariances and bases are float32.  What goes into the bases and comes out of them does so
-        in `dtype`, in which it is orthogonalised.
+        in `dtype`, in which it is orthogonalised.  Adam's bias correction is one factor of a whole
+        bank, which the orthogonalisation takes out: so there is none.
         """
         g = grad.float().nan_to_num(0, 0, 0) * clip
         bank.momentum.lerp_(g, 1 - momentum)
-        due = state.steps_done % self.soap_every == 0
         for side in state.sides:
             lines = g if side.dim == -2 else g.mT
             side.covariance.lerp_(lines @ lines.mT, 1 - self.soap_beta)
-            basis = turned(side.basis, side.covariance)
-            side.basis.copy_(torch.where(due, basis, side.basis))
+            side.basis.copy_(turned(side.basis, side.covariance))
 
         square = into_bases(g.to(dtype), state.sides).float().square()
         state.mean_square.lerp_(square, 1 - beta2)
-        root = (state.mean_square / (1 - beta2 ** (state.steps_done + 1))).sqrt()
         direction = torch.lerp(g, bank.momentum, momentum)
-        even = into_bases(direction.to(dtype), state.sides).float() / (root + 1e-12)
+        even = into_bases(direction.to(dtype), state.sides).float()
+        even /= state.mean_square.sqrt() + 1e-12
         update = out_of_bases(even.to(dtype), state.sides).float()
         update = tg.orthogonalize(update, dtype).float()
         bank.master.mul_(1 - lr * decay).sub_(lr * bank.update_scale * update)
@@ -601,9 +595,7 @@ class Soap(NamedTuple):
         def optimizer_with_bases(optimizer: Any, *arguments: Any) -> None:
             new_optimizer(optimizer, *arguments)
             update = optimizer.runtime.compile(self.update)
-            optimizer.soap = {
-                bank.name: self.state(bank.master, optimizer.steps_done) for bank in optimizer.banks
-            }
+            optimizer.soap = {bank.name: self.state(bank.master) for bank in optimizer.banks}
 
             def update_of_bank(grad: Tensor, bank: tg.Bank, *rest: Any) -> None:
                 update(grad, bank, optimizer.soap[bank.name], *rest)
