@@ -4,7 +4,7 @@ The task: the lowest bits per byte (bpb) on FineWeb's validation split from at m
 bytes of code plus packed weights, trained for at most 600 s on 8 x H100.  Measured so far: 1.1369
 bpb sliding, 1.1572 plain, in 15,859,578 bytes or less, on the larger proxy corpus (not FineWeb),
 after 180 s or 2,674 steps of 98,304 tokens on 1 x H100 with torch 2.11, n = 3 (`submission.json`),
-with momentum 0.95 and 0.3 of the way to the average packed.
+with momentum 0.95, packed 0.3 of the way from the last iterate to the average.
 
     torchrun --standalone --nproc_per_node=8 train_gpt.py                     # the submitted run
     PRESET=smoke torchrun --standalone --nproc_per_node=1 train_gpt.py        # three minutes, CPU
