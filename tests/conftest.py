@@ -16,6 +16,8 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
     # Started by nohup, tests and the runs that they start would ignore SIGHUP.
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    # Started by a script in the background, they would ignore SIGINT.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
