@@ -225,7 +225,10 @@ class Hyperparameters:
     xsa_layers: int = of_model(4)  # last layers whose attention drops the token's own value
     ve_layers: int = of_model(2, low=1)  # last layers that add the value embedding to V
     ve_dim: int = of_model(128, low=1)  # of the shared value embedding, projected to V's width
+    # Logits x become softcap tanh((x + shift) / width).
     logit_softcap: float = of_model(30.0, low=1e-12)  # bounds logits, steadies early training
+    logit_shift: float = of_model(0.0, low=-FLOAT32_MAX)
+    logit_width: float = of_model(30.0, low=1e-12)
     qk_gain_init: float = setting(4.0)  # per-head sharpness of the attention logits
     embed_init_std: float = setting(0.005)  # near-uniform first predictions by the tied head
 
@@ -292,6 +295,10 @@ class Hyperparameters:
     @property
     def kv_dim(self) -> int:
         return self.num_kv_heads * self.head_dim
+
+    @property
+    def softcap(self) -> Softcap:
+        return Softcap(self.logit_softcap, self.logit_shift, self.logit_width)
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> Hyperparameters:
@@ -1157,17 +1164,25 @@ def smear(x_BTD: Tensor, gate_D: Tensor, token_C: Tensor, inputs_BT: Tensor) -> 
     return x_BTD + share * (previous - x_BTD)
 
 
-def token_losses(x_BTD: Tensor, table_VD: Tensor, targets_BT: Tensor, softcap: float) -> Tensor:
-    """float32 losses (B, T) from normed hidden states; tanh bounds the logits (Gemma 2)."""
+class Softcap(NamedTuple):
+    """Bound of the logits x: height tanh((x + shift) / width) (Gemma 2; modded-nanogpt)."""
+
+    height: float
+    shift: float
+    width: float
+
+
+def token_losses(x_BTD: Tensor, table_VD: Tensor, targets_BT: Tensor, cap: Softcap) -> Tensor:
+    """float32 losses (B, T) from normed hidden states."""
     logits = F.linear(x_BTD, table_VD).float()
-    logits = softcap * torch.tanh(logits / softcap)
+    logits = cap.height * torch.tanh((logits + cap.shift) / cap.width)
     losses = F.cross_entropy(logits.flatten(0, 1), targets_BT.flatten(), reduction="none")
     return losses.view(targets_BT.shape)
 
 
-def mean_token_loss(x_BTD: Tensor, table_VD: Tensor, targets_BT: Tensor, softcap: float) -> Tensor:
+def mean_token_loss(x_BTD: Tensor, table_VD: Tensor, targets_BT: Tensor, cap: Softcap) -> Tensor:
     """Their float32 mean, 0-d: the plain twin of FusedLoss."""
-    return token_losses(x_BTD, table_VD, targets_BT, softcap).mean()
+    return token_losses(x_BTD, table_VD, targets_BT, cap).mean()
 
 
 class Kernels(NamedTuple):
@@ -1176,7 +1191,7 @@ class Kernels(NamedTuple):
     attend: Attend = sdpa()
     heads: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]] = project_heads
     mlp: Callable[[Tensor, Tensor, Tensor, float, float], Tensor] = relu2_mlp
-    mean_loss: Callable[[Tensor, Tensor, Tensor, float], Tensor] = mean_token_loss
+    mean_loss: Callable[[Tensor, Tensor, Tensor, Softcap], Tensor] = mean_token_loss
     round: Round | None = None  # late QAT's; None: `fake_quantize`, the plain one of section 7
 
 
@@ -1289,12 +1304,12 @@ class GPT(nn.Module):
 
     def losses(self, x_BTD: Tensor, targets_BT: Tensor) -> Tensor:
         """float32 losses (B, T) from the final hidden states; the head is the tied table."""
-        return token_losses(rms_norm(x_BTD), self.tok_emb, targets_BT, self.h.logit_softcap)
+        return token_losses(rms_norm(x_BTD), self.tok_emb, targets_BT, self.h.softcap)
 
     def mean_loss(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """float32 mean of the losses, 0-d: all that training needs."""
         x = rms_norm(self.final_hidden(inputs_BT))
-        return self.kernels.mean_loss(x, self.tok_emb, targets_BT, self.h.logit_softcap)
+        return self.kernels.mean_loss(x, self.tok_emb, targets_BT, self.h.softcap)
 
 
 # ---- 6. Kernels ---------------------------------------------------------------------------------
@@ -1609,7 +1624,14 @@ class FusedHeads(torch.autograd.Function):
 
 @jit
 def softcap_loss_kernel(  # type: ignore[no-untyped-def]
-    logits, targets, losses, SOFTCAP: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr
+    logits,
+    targets,
+    losses,
+    HEIGHT: tl.constexpr,
+    SHIFT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    V: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """The loss of one row of raw logits, which it overwrites by the gradient of the mean loss.
 
@@ -1625,18 +1647,18 @@ def softcap_loss_kernel(  # type: ignore[no-untyped-def]
     raw = tl.load(place, mask=inside, other=0.0).to(tl.float32)
 
     # tanh(x) = 1 - 2 / (exp(2x) + 1); a squared root takes fewer instructions than a division.
-    root = tl.rsqrt(tl.exp2(raw * (2 * BITS / SOFTCAP)) + 1)
+    root = tl.rsqrt(tl.exp2((raw + SHIFT) * (2 * BITS / WIDTH)) + 1)
     tanh = 1 - 2 * (root * root)
     tanh_of_target = tl.sum(tl.where(target, tanh, 0.0), 0)
-    capped = tl.where(inside, (SOFTCAP * BITS) * tanh, float("-inf"))
+    capped = tl.where(inside, (HEIGHT * BITS) * tanh, float("-inf"))
     top = tl.max(capped, 0)
     power = tl.exp2(capped - top)
     total = tl.sum(power, 0)
-    bits = top + tl.log2(total) - (SOFTCAP * BITS) * tanh_of_target
+    bits = top + tl.log2(total) - (HEIGHT * BITS) * tanh_of_target
     tl.store(losses + row, bits / BITS)
 
     # (softmax - one-hot) times the softcap's slope, in an order that keeps one value per logit.
-    share = 1.0 / tl.num_programs(0)  # of a row in the mean
+    share = (HEIGHT / WIDTH) / tl.num_programs(0)  # of a row in the mean, times the steepest slope
     gradient = power * (1 - tanh * tanh) * (share / total)
     gradient -= tl.where(target, share * (1 - tanh_of_target * tanh_of_target), 0.0)
     tl.store(place, gradient.to(logits.dtype.element_ty), mask=inside)
@@ -1644,7 +1666,7 @@ def softcap_loss_kernel(  # type: ignore[no-untyped-def]
 
 @torch.library.custom_op("golf::softcap_loss", mutates_args=())
 def softcap_loss(
-    x_MD: Tensor, table_VD: Tensor, targets_M: Tensor, softcap: float
+    x_MD: Tensor, table_VD: Tensor, targets_M: Tensor, height: float, shift: float, width: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Losses (M,) in float32, and their mean's gradients by x and by the table."""
     vocabulary = len(table_VD)
@@ -1656,7 +1678,9 @@ def softcap_loss(
         logits_MV,
         targets_M.contiguous(),
         losses_M,
-        softcap,
+        height,
+        shift,
+        width,
         vocabulary,
         block,
         num_warps=warps,
@@ -1668,7 +1692,7 @@ def softcap_loss(
 
 @softcap_loss.register_fake
 def _(
-    x_MD: Tensor, table_VD: Tensor, targets_M: Tensor, softcap: float
+    x_MD: Tensor, table_VD: Tensor, targets_M: Tensor, *cap: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     losses_M = x_MD.new_empty(len(x_MD), dtype=torch.float32)
     return losses_M, x_MD.new_empty(x_MD.shape), table_VD.new_empty(table_VD.shape)
@@ -1682,10 +1706,10 @@ class FusedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, x_BTD: Tensor, table_VD: Tensor, targets_BT: Tensor, softcap: float
+        ctx: Any, x_BTD: Tensor, table_VD: Tensor, targets_BT: Tensor, cap: Softcap
     ) -> Tensor:
         losses_M, dx_MD, dtable_VD = softcap_loss(
-            x_BTD.flatten(0, 1), table_VD, targets_BT.flatten(), softcap
+            x_BTD.flatten(0, 1), table_VD, targets_BT.flatten(), *cap
         )
         ctx.save_for_backward(dx_MD.view_as(x_BTD), dtable_VD)
         return losses_M.mean()
@@ -1866,7 +1890,7 @@ def fused_error(h: Hyperparameters, device: torch.device) -> float:
         return lambda x, up, down: function(x, up, down, 0.5, h.mlp_slope)
 
     def loss(function: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda x, table: function(x, table, targets, h.logit_softcap)
+        return lambda x, table: function(x, table, targets, h.softcap)
 
     errors = [
         twin_error(heads(FusedHeads.apply), heads(project_heads), [x, qkv, gain]),

@@ -41,7 +41,7 @@ def test_the_fused_loss_reaches_rows_beyond_two_billion_logits() -> None:
     x = torch.randn(rows, 64, generator=generator, device="cuda").bfloat16()
     table = torch.randn(vocabulary, 64, generator=generator, device="cuda").bfloat16() / 8
     targets = torch.randint(vocabulary, (rows,), generator=generator, device="cuda")
-    losses, dx, _ = tg.softcap_loss(x, table, targets, 30.0)
+    losses, dx, _ = tg.softcap_loss(x, table, targets, 30.0, 0.0, 30.0)
     last = x[-1000:].float().requires_grad_()
     expected = tg.token_losses(last[None], table.float(), targets[None, -1000:], 30.0)[0]
     torch.testing.assert_close(losses[-1000:], expected.detach(), rtol=1e-2, atol=1e-2)

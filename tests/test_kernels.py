@@ -145,6 +145,9 @@ def test_each_part_of_the_gain_gradient_is_of_its_own_tokens() -> None:
     assert not parts.any()
 
 
+CAP = tg.Softcap(30.0, 0.0, 30.0)
+
+
 def loss_arguments(rows: int, width: int, vocabulary: int) -> tuple[Tensor, Tensor, Tensor]:
     """x, a table that makes some tokens likely, and targets, the first and last token first."""
     x, table = tensors((rows, width), (vocabulary, width))
@@ -159,17 +162,18 @@ def test_fused_loss_agrees_with_its_twin(rows: int, vocabulary: int) -> None:
     """The upstream gradient is a random number, as it is where a step has micro-batches."""
     x, table, targets = loss_arguments(rows * 20, 16, vocabulary)
     x, targets = x.view(rows, 20, 16), targets.view(rows, 20)
-    for softcap in (30.0, 2.0):
+    for softcap in (CAP, tg.Softcap(2.0, 0.5, 3.0)):
         compare("loss dx dtable", lambda *t, s=softcap: tg.FusedLoss.apply(*t, targets, s),
                 lambda *t, s=softcap: tg.mean_token_loss(*t, targets, s), [x, table])  # fmt: skip
 
 
-@pytest.mark.parametrize("softcap", [30.0, 2.0])
-def test_softcap_loss_equals_float64_autograd(softcap: float) -> None:
+@pytest.mark.parametrize("softcap", [CAP, (2.0, 0.0, 2.0), (2.0, 0.5, 3.0), (2.0, -0.5, 1.5)])
+def test_softcap_loss_equals_float64_autograd(softcap: tuple[float, float, float]) -> None:
     x, table, targets = loss_arguments(50, 16, 300)
-    losses, dx, dtable = tg.softcap_loss(x, table, targets, softcap)
+    losses, dx, dtable = tg.softcap_loss(x, table, targets, *softcap)
     leaves = [t.double().requires_grad_() for t in (x, table)]
-    likelihood = (softcap * torch.tanh(leaves[0] @ leaves[1].T / softcap)).exp()
+    height, shift, width = softcap
+    likelihood = (height * torch.tanh((leaves[0] @ leaves[1].T + shift) / width)).exp()
     expected = (likelihood.sum(1) / likelihood[torch.arange(50), targets]).log()
     assert losses.dtype == torch.float32 and (dx.dtype, dtable.dtype) == (x.dtype, table.dtype)
     assert_near(losses, expected.detach())
@@ -182,8 +186,8 @@ def test_the_fused_loss_in_bfloat16_has_only_its_error() -> None:
     """Of a model on a GPU; the bound is a tenth of the one that refuses the kernel."""
     x, table, targets = loss_arguments(256, 32, 1000)
     x, targets = x.view(4, 64, 32), targets.view(4, 64)
-    error = tg.twin_error(lambda *t: tg.FusedLoss.apply(*t, targets, 30.0),
-                          lambda *t: tg.mean_token_loss(*t, targets, 30.0), [x, table])  # fmt: skip
+    error = tg.twin_error(lambda *t: tg.FusedLoss.apply(*t, targets, CAP),
+                          lambda *t: tg.mean_token_loss(*t, targets, CAP), [x, table])  # fmt: skip
     assert 1e-4 < error < 1e-2
 
 
@@ -192,7 +196,7 @@ def test_logits_far_beyond_the_softcap_lose_nothing_but_their_gradient() -> None
     """exp overflows or vanishes there."""
     table = torch.tensor([[1e4], [-1e4], [0.0], [0.0]], device=DEVICE, dtype=DTYPE)
     x = torch.ones(4, 1, device=DEVICE, dtype=DTYPE)
-    losses, dx, dtable = tg.softcap_loss(x, table, torch.arange(4, device=DEVICE), 30.0)
+    losses, dx, dtable = tg.softcap_loss(x, table, torch.arange(4, device=DEVICE), *CAP)
     torch.testing.assert_close(losses.cpu(), torch.tensor([0.0, 60.0, 30.0, 30.0]))
     assert not dx.any() and not dtable[:2].any()
     torch.testing.assert_close(dtable[2:].float().cpu(), torch.full((2, 1), -0.25))
@@ -202,7 +206,7 @@ def test_logits_far_beyond_the_softcap_lose_nothing_but_their_gradient() -> None
 def test_a_row_that_is_no_number_spoils_the_loss_of_no_other() -> None:
     x, table, targets = loss_arguments(8, 16, 40)
     x[3, 5] = float("nan")
-    losses, dx, _ = tg.softcap_loss(x, table, targets, 30.0)
+    losses, dx, _ = tg.softcap_loss(x, table, targets, *CAP)
     assert losses.isnan().nonzero().tolist() == [[3]]
     assert dx.isnan().any(1).nonzero().tolist() == [[3]]
 
@@ -382,7 +386,7 @@ def test_the_operators_tell_the_compiler_what_they_do() -> None:
     torch.library.opcheck(tg.norm_rotate, (qkv, gain, rotary, 32))
     torch.library.opcheck(tg.norm_rotate_backward, (qkv, gain, rotary, 32, dq, dk, dv))
     x, table, targets = loss_arguments(12, 16, 40)
-    torch.library.opcheck(tg.softcap_loss, (x, table, targets, 30.0))
+    torch.library.opcheck(tg.softcap_loss, (x, table, targets, *CAP))
 
 
 def test_on_a_cpu_plain_layers_are_chosen_and_logged() -> None:
@@ -487,7 +491,7 @@ for BACKWARD in (False, True):
     report(tg.heads_kernel, {"rotary": "*fp32", "dgain": "*fp32" if BACKWARD else "*bf16",
                              "T": "i32"}, heads | dict(BACKWARD=BACKWARD))
 for V, BLOCK in ((1000, 1024), (8192, 8192)):
-    report(tg.softcap_loss_kernel, losses, dict(SOFTCAP=30.0, V=V, BLOCK=BLOCK),
+    report(tg.softcap_loss_kernel, losses, dict(HEIGHT=30.0, SHIFT=0.0, WIDTH=30.0, V=V, BLOCK=BLOCK),
            num_warps=BLOCK // (32 * tg.LOSS_VALUES), maxnreg=tg.LOSS_REGISTERS)
 rows = dict.fromkeys(tg.round_rows_kernel.arg_names, "*fp32")
 rows |= {"price_of_square": "fp32", "ROWS": "i32"}
