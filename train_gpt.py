@@ -225,7 +225,7 @@ class Hyperparameters:
     xsa_layers: int = of_model(4)  # last layers whose attention drops the token's own value
     ve_layers: int = of_model(2, low=1)  # last layers that add the value embedding to V
     ve_dim: int = of_model(128, low=1)  # of the shared value embedding, projected to V's width
-    # Logits x become softcap tanh((x + shift) / width).
+    # Logits x become logit_softcap tanh((x + logit_shift) / logit_width).
     logit_softcap: float = of_model(30.0, low=1e-12)  # bounds logits, steadies early training
     logit_shift: float = of_model(0.0, low=-FLOAT32_MAX)
     logit_width: float = of_model(30.0, low=1e-12)
@@ -1165,7 +1165,7 @@ def smear(x_BTD: Tensor, gate_D: Tensor, token_C: Tensor, inputs_BT: Tensor) -> 
 
 
 class Softcap(NamedTuple):
-    """Bound of the logits x: height tanh((x + shift) / width) (Gemma 2; modded-nanogpt)."""
+    """Bounds logits x by height tanh((x + shift) / width) (Gemma 2: no shift, width = height)."""
 
     height: float
     shift: float
@@ -1692,7 +1692,7 @@ def softcap_loss(
 
 @softcap_loss.register_fake
 def _(
-    x_MD: Tensor, table_VD: Tensor, targets_M: Tensor, *cap: Any
+    x_MD: Tensor, table_VD: Tensor, targets_M: Tensor, *cap: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     losses_M = x_MD.new_empty(len(x_MD), dtype=torch.float32)
     return losses_M, x_MD.new_empty(x_MD.shape), table_VD.new_empty(table_VD.shape)

@@ -441,7 +441,7 @@ class Cap(NamedTuple):
         losses_of_kernel = tg.token_losses
 
         def token_losses(
-            x_BTD: Tensor, table_VD: Tensor, targets_BT: Tensor, softcap: float
+            x_BTD: Tensor, table_VD: Tensor, targets_BT: Tensor, cap: tg.Softcap
         ) -> Tensor:
             logits = F.linear(x_BTD, table_VD).float()
             logits = self.cap_top * torch.sigmoid((logits + self.cap_shift) / self.cap_width)

@@ -418,11 +418,11 @@ def test_kernels_are_tried_against_the_bound_that_they_have(
     h = tiny()
     x, table = normal(1, 4, h.model_dim), normal(h.vocab_size, h.model_dim, seed=1)
     targets = torch.arange(4)[None]
-    plain = tg.mean_token_loss(x, table, targets, h.logit_softcap)
+    plain = tg.mean_token_loss(x, table, targets, h.softcap)
     tried: list[Tensor] = []
 
     def trial(*_: object) -> tg.Kernels:
-        tried.append(tg.mean_token_loss(x, table, targets, h.logit_softcap))
+        tried.append(tg.mean_token_loss(x, table, targets, h.softcap))
         return tg.Kernels(heads=tg.FusedHeads.apply)
 
     monkeypatch.setattr(tg, "choose_kernels", trial)
@@ -430,7 +430,7 @@ def test_kernels_are_tried_against_the_bound_that_they_have(
     kernels = tg.choose_kernels(h, cpu_runtime(), tg.RunLog(None))
     assert torch.equal(tried[0], plain)
     assert kernels.heads == tg.FusedHeads.apply, "what the trial finds correct stays"
-    assert not torch.equal(kernels.mean_loss(x, table, targets, h.logit_softcap), plain)
+    assert not torch.equal(kernels.mean_loss(x, table, targets, h.softcap), plain)
 
 
 def test_decay_alone_moves_weights_that_no_layer_reads(install: Install) -> None:

@@ -204,6 +204,7 @@ NONSENSE = [
     ("MLP_HIDDEN", {"MLP_HIDDEN": 0}),
     ("VE_DIM", {"VE_DIM": 0}),
     ("LOGIT_SOFTCAP", {"LOGIT_SOFTCAP": 0}),
+    ("LOGIT_WIDTH", {"LOGIT_WIDTH": 0}),
     ("ROPE_BASE", {"ROPE_BASE": 0}),
     # values that AdamW or zstd would refuse later, with a traceback
     ("BETA1", {"BETA1": 1.5}),
@@ -272,7 +273,8 @@ BOUNDS = {  # lowest and highest value of every number that is not just 0 or mor
     "ve_layers": (1, UP), "ve_dim": (1, UP), "iterations": (1, UP), "train_seq_len": (1, UP),
     "train_batch_tokens": (1, UP), "val_batch_size": (1, UP), "train_log_every": (1, UP),
     "warmup_steps": (1, UP),
-    "rope_base": (1e-12, UP), "logit_softcap": (1e-12, UP), "adam_eps": (1e-12, UP),
+    "rope_base": (1e-12, UP), "logit_softcap": (1e-12, UP),
+    "logit_shift": (-UP, UP), "logit_width": (1e-12, UP), "adam_eps": (1e-12, UP),
     "beta1": (0, 1 - 1e-9), "beta2": (0, 1 - 1e-9), "muon_beta2": (0, 1 - 1e-9),
     "muon_momentum": (0, 1 - 1e-9), "muon_momentum_warmup_start": (0, 1 - 1e-9),
     "warmdown_fraction": (1e-12, 1), "key_shift": (0, 1), "mlp_slope": (0, 1), "swa_share": (0, 1),
@@ -284,7 +286,7 @@ CHOICES = {"device": ("auto", "cpu", "cuda"), "on_interrupt": ("save", "finish")
 ARCHITECTURE = frozenset({
     "vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_hidden", "mlp_slope",
     "rope_dims", "rope_base", "smear_dims", "key_shift", "gate_dims", "xsa_layers", "ve_layers",
-    "ve_dim", "logit_softcap", "train_seq_len",
+    "ve_dim", "logit_softcap", "logit_shift", "logit_width", "train_seq_len",
 })  # fmt: skip
 PER_RUN = frozenset({
     "preset", "run_id", "seed", "device", "compile_backend", "data_path", "tokenizer_path",

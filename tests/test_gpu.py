@@ -37,13 +37,14 @@ def test_the_fused_loss_agrees_with_its_twin(vocabulary: int) -> None:
 
 def test_the_fused_loss_reaches_rows_beyond_two_billion_logits() -> None:
     vocabulary, rows = 8192, 2**31 // 8192 + 1000
+    cap = tg.Softcap(11.5, 5.0, 15.0)
     generator = torch.Generator("cuda").manual_seed(0)
     x = torch.randn(rows, 64, generator=generator, device="cuda").bfloat16()
     table = torch.randn(vocabulary, 64, generator=generator, device="cuda").bfloat16() / 8
     targets = torch.randint(vocabulary, (rows,), generator=generator, device="cuda")
-    losses, dx, _ = tg.softcap_loss(x, table, targets, 30.0, 0.0, 30.0)
+    losses, dx, _ = tg.softcap_loss(x, table, targets, *cap)
     last = x[-1000:].float().requires_grad_()
-    expected = tg.token_losses(last[None], table.float(), targets[None, -1000:], 30.0)[0]
+    expected = tg.token_losses(last[None], table.float(), targets[None, -1000:], cap)[0]
     torch.testing.assert_close(losses[-1000:], expected.detach(), rtol=1e-2, atol=1e-2)
     [gradient] = torch.autograd.grad(expected.sum() / rows, last)
     assert float((dx[-1000:].float() - gradient).norm() / gradient.norm()) < 1e-2

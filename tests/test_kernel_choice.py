@@ -207,7 +207,7 @@ def test_an_error_in_any_fused_kernel_counts(
         factor = value if wrong == "mlp" else 1.0
         return factor * train_gpt.relu2_mlp(x, up, down, scale, slope)
 
-    def loss(x: Tensor, table: Tensor, targets: Tensor, softcap: float) -> Tensor:
+    def loss(x: Tensor, table: Tensor, targets: Tensor, softcap: train_gpt.Softcap) -> Tensor:
         factor = value if wrong == "loss" else 1.0
         return factor * train_gpt.mean_token_loss(x, table, targets, softcap)
 

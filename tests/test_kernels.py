@@ -491,7 +491,8 @@ for BACKWARD in (False, True):
     report(tg.heads_kernel, {"rotary": "*fp32", "dgain": "*fp32" if BACKWARD else "*bf16",
                              "T": "i32"}, heads | dict(BACKWARD=BACKWARD))
 for V, BLOCK in ((1000, 1024), (8192, 8192)):
-    report(tg.softcap_loss_kernel, losses, dict(HEIGHT=30.0, SHIFT=0.0, WIDTH=30.0, V=V, BLOCK=BLOCK),
+    report(tg.softcap_loss_kernel, losses,
+           dict(HEIGHT=11.5, SHIFT=5.0, WIDTH=15.0, V=V, BLOCK=BLOCK),
            num_warps=BLOCK // (32 * tg.LOSS_VALUES), maxnreg=tg.LOSS_REGISTERS)
 rows = dict.fromkeys(tg.round_rows_kernel.arg_names, "*fp32")
 rows |= {"price_of_square": "fp32", "ROWS": "i32"}

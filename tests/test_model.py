@@ -109,7 +109,7 @@ def ref_losses(
         x = x + w["mlp_scale"][i] * ((up**2) @ down.T)
         outputs.append(x)
     logits = ref_norm(x) @ w["tok_emb"].T
-    logits = h.logit_softcap * torch.tanh(logits / h.logit_softcap)
+    logits = h.logit_softcap * torch.tanh((logits + h.logit_shift) / h.logit_width)
     losses = torch.zeros(length, dtype=torch.float64)
     for t in range(length):
         losses[t] = torch.log(torch.exp(logits[t]).sum()) - logits[t, targets[t]]
@@ -130,8 +130,9 @@ def ref_losses(
 )
 def test_whole_forward_equals_the_reference(changes: dict[str, int]) -> None:
     h = tiny(
-        train_seq_len=12, train_batch_tokens=24, micro_batch_tokens=24, logit_softcap=5.0, **changes
-    )
+        train_seq_len=12, train_batch_tokens=24, micro_batch_tokens=24, logit_softcap=5.0,
+        logit_shift=0.7, logit_width=4.0, **changes,
+    )  # fmt: skip
     model = tiny_model(h, torch.float64, seed=1)
     inputs, targets = batch(h)
     with in_float64(), torch.no_grad():
@@ -334,7 +335,7 @@ def test_only_the_mean_loss_takes_the_kernel_for_it() -> None:
     """Scores come from `losses`, which has one implementation."""
     h, calls = tiny(), []
 
-    def spy(x: Tensor, table: Tensor, targets: Tensor, softcap: float) -> Tensor:
+    def spy(x: Tensor, table: Tensor, targets: Tensor, softcap: train_gpt.Softcap) -> Tensor:
         calls.append((x, table, targets, softcap))
         return train_gpt.mean_token_loss(x, table, targets, softcap)
 
@@ -345,7 +346,7 @@ def test_only_the_mean_loss_takes_the_kernel_for_it() -> None:
     assert not calls
     trainer.train_step(torch.cat((inputs, targets[:, -1:]), dim=1), 1.0)
     [(x, table, given, softcap)] = calls
-    assert table is trainer.model.tok_emb and softcap == h.logit_softcap
+    assert table is trainer.model.tok_emb and softcap == h.softcap
     assert torch.equal(given, targets)
     torch.testing.assert_close(x.square().mean(-1), torch.ones(x.shape[:2]), rtol=1e-3, atol=0)
 

@@ -925,7 +925,8 @@ def golden_losses(folder: Path) -> list[float]:
         decay_per_run=0.8, muon_momentum=0.99, muon_momentum_warmup_start=0.92,
         muon_momentum_warmup_steps=4, muon_beta2=0.95, beta1=0.9, beta2=0.95, adam_eps=1e-8,
         grad_clip_norm=0.3, warmdown_fraction=0.6, warmdown_iters=0, embed_init_std=0.005,
-        qk_gain_init=1.5, rope_base=10_000.0, logit_softcap=30.0, mlp_slope=0.0, seed=1337,
+        qk_gain_init=1.5, rope_base=10_000.0, logit_softcap=30.0, logit_shift=0.0,
+        logit_width=30.0, mlp_slope=0.0, seed=1337,
     )  # fmt: skip
     return losses_of(h, folder, 20)
 
