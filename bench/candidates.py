@@ -414,56 +414,6 @@ class Bare(NamedTuple):
         ]
 
 
-# One-sided bound of the logits
-
-
-class Cap(NamedTuple):
-    """Logits x become CAP_TOP sigmoid((x + CAP_SHIFT) / CAP_WIDTH) instead of c tanh(x / c).
-
-    Few tokens are likely and most are not.  The bound leaves more room between those that are than
-    between those that are not (modded-nanogpt's training: -40 of 1,900 steps).  Here scores take it
-    too.  No kernel has it, so the loss of a step costs more than it would in the program.
-    """
-
-    cap_top: float = 23.0
-    cap_shift: float = 5.0
-    cap_width: float = 7.5
-
-    def check(self, h: tg.Hyperparameters) -> None:
-        for name in ("cap_top", "cap_width"):
-            value = getattr(self, name)
-            holds = 0 < value < math.inf
-            require(holds, f"{name.upper()}={value}: expected a finite number above 0")
-        require(math.isfinite(self.cap_shift), f"CAP_SHIFT={self.cap_shift}: set a finite number")
-
-    def replacements(self) -> list[Replacement]:
-        choose_kernels = tg.choose_kernels
-        losses_of_kernel = tg.token_losses
-
-        def token_losses(
-            x_BTD: Tensor, table_VD: Tensor, targets_BT: Tensor, cap: tg.Softcap
-        ) -> Tensor:
-            logits = F.linear(x_BTD, table_VD).float()
-            logits = self.cap_top * torch.sigmoid((logits + self.cap_shift) / self.cap_width)
-            losses = F.cross_entropy(logits.flatten(0, 1), targets_BT.flatten(), reduction="none")
-            return losses.view(targets_BT.shape)
-
-        def without_the_fused_loss(*arguments: Any) -> tg.Kernels:
-            """The fused loss is tried against its own bound: else all fused layers are refused."""
-            ours = tg.token_losses
-            tg.token_losses = losses_of_kernel
-            try:
-                kernels = choose_kernels(*arguments)
-            finally:
-                tg.token_losses = ours
-            return kernels._replace(mean_loss=tg.mean_token_loss)
-
-        return [
-            Replacement(tg, "token_losses", token_losses),
-            Replacement(tg, "choose_kernels", without_the_fused_loss),
-        ]
-
-
 # SOAP-Muon
 
 
@@ -630,7 +580,6 @@ CANDIDATES: dict[str, Any] = {
     "lanes": Lanes,
     "mudd": Mudd,
     "bare": Bare,
-    "cap": Cap,
     "soap": Soap,
 }
 OPTIONS = {  # variable -> the candidate whose option it is

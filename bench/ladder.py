@@ -90,6 +90,9 @@ BASE = {
     "WARMDOWN_FRACTION": "0.85",
     "ROPE_BASE": "10000",
     "ROPE_DIMS": "32",
+    "LOGIT_SOFTCAP": "30",
+    "LOGIT_SHIFT": "0",
+    "LOGIT_WIDTH": "30",
     "NUM_HEADS": "4",
     "NUM_KV_HEADS": "2",
     "XSA_LAYERS": "4",
@@ -134,6 +137,7 @@ class Row(NamedTuple):
 
 
 HEADS_8X64 = "NUM_HEADS=8 NUM_KV_HEADS=4 ROPE_DIMS=16"
+CAP = "LOGIT_SOFTCAP=11.5 LOGIT_SHIFT=5 LOGIT_WIDTH=15"
 EMA = "OFF=plain_mean SWA_THRESHOLD=2"
 
 # In order of value.
@@ -227,14 +231,14 @@ DESIGN = [
     Row("D", "EARLY_FRACTION=0.5 XSA_LAYERS=11", -0.004, "as with lanes"),
     Row("D", "EARLY_FRACTION=0.8", -0.002, "0.5 -0.0029; less time for 2,048; - 9 % a step"),
     Row("D", "ON=bare", 0.002, "one layer's attention less; - 4 % a step"),
-    Row("D", "ON=cap", -0.001, "published 2 % of the steps, at another bound"),
+    Row("D", CAP, -0.001, "published 2 % of the steps, at another bound"),
     Row("D", "ON=loops", -0.004, "published -0.002 to -0.003 at equal time; + 13 % a step"),
     Row("A", "ON=bare", 0.003, "one layer's attention less; - 4 % a step"),
     Row("A", "XSA_LAYERS=11", -0.002, "D -0.0033, but +0.0008 after 350 steps"),
     Row("A", "ON=loops", -0.003, "less than D: 520 looped steps"),
     Row("A", "ON=lanes", -0.002, "D -0.0028"),
     Row("A", "EARLY_FRACTION=0.5", -0.002, "D -0.0029, B -0.0032"),
-    Row("A", "ON=cap", -0.001, "as D"),
+    Row("A", CAP, -0.001, "as D"),
     Row("A", "EARLY_FRACTION=0.8", -0.0015, "0.5 -0.002; less time for 2,048"),
     Row("A", "ON=soap MUON_BETA2=0.99", -0.003, "published 15 % fewer steps at a batch of 524k"),
     Row("C", "ON=soap MUON_BETA2=0.99", -0.005, "as A; a larger batch is less noisy"),

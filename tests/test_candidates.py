@@ -45,7 +45,7 @@ from torch import Tensor
 sys.path.insert(0, str(REPO / "bench"))
 import ablate  # noqa: E402
 import candidates  # noqa: E402
-from candidates import Bare, Cap, Lanes, Loops, Mudd, Soap  # noqa: E402
+from candidates import Bare, Lanes, Loops, Mudd, Soap  # noqa: E402
 
 LOOPS = Loops(loop_first=1, loop_last=2)  # of the tiny model's 4 layers, 2 in each half
 LANES = Lanes(lane_layers=2)
@@ -391,46 +391,6 @@ def test_a_bare_layer_adds_its_mlp_alone(layers: tuple[int, ...], install: Insta
         moves = gradient.flatten(1).any(1).tolist()  # by layer, of a bank once for each role
         assert moves == [number not in layers for number in range(4)] * (len(moves) // 4), name
     assert model.ve_scale.grad.ne(0).tolist() == [number not in layers for number in (2, 3)]
-
-
-def test_logits_are_bounded_on_one_side_in_training_and_in_scores(
-    install: Install, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """More room above than below, whichever kernels the start-up finds correct."""
-    h = tiny()
-    fast = tg.Kernels(mean_loss=lambda *_: pytest.fail("the kernel has another bound"))
-    monkeypatch.setattr(tg, "choose_kernels", lambda *_: fast)
-    install(Cap(cap_top=20.0, cap_shift=4.0, cap_width=8.0))
-    kernels = tg.choose_kernels(h, cpu_runtime(), tg.RunLog(None))
-    model = tg.GPT(h, tiny_weights(h), kernels)
-    inputs, targets = batch(h)
-    x = tg.rms_norm(model.final_hidden(inputs))
-    logits = 20.0 / (1.0 + torch.exp(-(x @ model.tok_emb.T + 4.0) / 8.0))
-    expected = torch.logsumexp(logits, -1) - logits.gather(-1, targets[..., None])[..., 0]
-    torch.testing.assert_close(model(inputs, targets), expected)
-    torch.testing.assert_close(model.mean_loss(inputs, targets), expected.mean())
-
-
-def test_kernels_are_tried_against_the_bound_that_they_have(
-    install: Install, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Against the other one the fused loss is wrong, and no fused layer would be left."""
-    h = tiny()
-    x, table = normal(1, 4, h.model_dim), normal(h.vocab_size, h.model_dim, seed=1)
-    targets = torch.arange(4)[None]
-    plain = tg.mean_token_loss(x, table, targets, h.softcap)
-    tried: list[Tensor] = []
-
-    def trial(*_: object) -> tg.Kernels:
-        tried.append(tg.mean_token_loss(x, table, targets, h.softcap))
-        return tg.Kernels(heads=tg.FusedHeads.apply)
-
-    monkeypatch.setattr(tg, "choose_kernels", trial)
-    install(Cap())
-    kernels = tg.choose_kernels(h, cpu_runtime(), tg.RunLog(None))
-    assert torch.equal(tried[0], plain)
-    assert kernels.heads == tg.FusedHeads.apply, "what the trial finds correct stays"
-    assert not torch.equal(kernels.mean_loss(x, table, targets, h.softcap), plain)
 
 
 def test_decay_alone_moves_weights_that_no_layer_reads(install: Install) -> None:
@@ -921,7 +881,7 @@ def test_candidates_and_their_options_are_read_from_a_variant() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ("ON=loop", "unknown; choose of loops, lanes, mudd, bare, cap, soap"),
+        ("ON=loop", "unknown; choose of loops, lanes, mudd, bare, soap"),
         ("ON=loops,loops", "loops twice"),
         ("ON=loops LOOP_FROM=half", "expected a number; its default is 0.35"),
         ("ON=loops LOOP_FIRST=1.5", "expected a whole number; its default is 3"),
@@ -938,9 +898,6 @@ def test_candidates_and_their_options_are_read_from_a_variant() -> None:
         ("ON=mudd MUDD_LAYERS=11", "expected 1 to 10"),
         ("ON=mudd MUDD_SCALE=0", "above 0"),
         ("ON=mudd,lanes LANE_LAYERS=4", "before layer 7, where the lanes part"),
-        ("ON=cap CAP_TOP=0", "CAP_TOP=0.0: expected a finite number above 0"),
-        ("ON=cap CAP_WIDTH=inf", "CAP_WIDTH=inf: expected"),
-        ("ON=cap CAP_SHIFT=nan", "CAP_SHIFT=nan: set a finite number"),
         ("ON=soap SOAP_BETA=1", "SOAP_BETA=1.0: expected a decay between 0 and 1"),
         ("ON=soap SOAP_SIDES=3", "expected 1 or 2"),
         ("ON=bare BARE_LAYERS=11", "expected layers of 0 to 10"),
@@ -974,7 +931,7 @@ def test_a_run_with_all_candidates_leaves_a_row(
     for name, value in settings.items():
         monkeypatch.setenv(name, str(value))
     settings_of_all = (
-        "ON=loops,lanes,mudd,bare,cap,soap LOOP_FIRST=1 LOOP_LAST=2 LANE_LAYERS=2 MUDD_STATES=0,1 "
+        "ON=loops,lanes,mudd,bare,soap LOOP_FIRST=1 LOOP_LAST=2 LANE_LAYERS=2 MUDD_STATES=0,1 "
         "BARE_LAYERS=1 EARLY_SEQ_LEN=32"
     )
     table = tmp_path / "TABLE.md"
