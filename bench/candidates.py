@@ -347,73 +347,6 @@ class Mudd(NamedTuple):
         ]
 
 
-# Layers without attention
-
-
-class Bare(NamedTuple):
-    """Some layers have an MLP and no attention.
-
-    pg#1204 leaves out attention of layer 0, modded-nanogpt's records that of layer 7.  One layer's
-    takes about 3 ms of the card's step.
-
-    Its weights stay, as rows of parameters that other layers need too.  No layer reads them, so
-    their gradient is zero and decay alone moves them.  In the program they would go and leave their
-    bytes to the others.  So their matrices are zero here from the start: packing stores those in
-    next to nothing.  The optimizer works on them all the same, which the program would save too.
-    """
-
-    bare_layers: tuple[int, ...] = (5,)  # zero-based
-
-    def check(self, h: tg.Hyperparameters) -> None:
-        bare = self.bare_layers
-        layers = range(h.num_layers)
-        named = ",".join(map(str, bare))
-        require(
-            bare != () and len(bare) == len(set(bare)) and set(bare) <= set(layers),
-            f"BARE_LAYERS={named}: expected layers of 0 to {layers[-1]}, each once; set "
-            f"BARE_LAYERS={layers[-1] // 2} or the like",
-        )
-        adding = layers[-h.ve_layers :]
-        require(
-            not set(adding) <= set(bare),
-            f"BARE_LAYERS={named}: no layer is left that adds the value embedding, whose weights "
-            f"would get no gradient; leave out one of {', '.join(map(str, adding))} or raise "
-            "VE_LAYERS",
-        )
-
-    def replacements(self) -> list[Replacement]:
-        parameter_table = tg.parameter_table
-        attention = tg.GPT.attention
-
-        def without_theirs(fill: tg.Fill) -> tg.Fill:
-            def filled(w: Tensor, generator: torch.Generator) -> Tensor:
-                fill(w, generator)  # so that the others start as they do without
-                for matrices_of_role in w.chunk(2):
-                    matrices_of_role[list(self.bare_layers)] = 0.0
-                return w
-
-            return filled
-
-        def table(h: tg.Hyperparameters) -> dict[str, tg.ParameterRow]:
-            rows = parameter_table(h)
-            banks = {name: rows[name] for name in ("qo_bank", "kv_bank")}
-            zeroed = {n: row._replace(fill=without_theirs(row.fill)) for n, row in banks.items()}
-            return rows | zeroed
-
-        def attention_of_others(
-            model: tg.GPT, x_BTD: Tensor, layer: tg.LayerPlan, shared: tg.Shared
-        ) -> Tensor:
-            """A bare layer adds a zero of no dimensions, which costs no pass over memory."""
-            if layer.number in self.bare_layers:
-                return x_BTD.new_zeros(())
-            return attention(model, x_BTD, layer, shared)
-
-        return [
-            Replacement(tg, "parameter_table", table),
-            Replacement(tg.GPT, "attention", attention_of_others),
-        ]
-
-
 # SOAP-Muon
 
 
@@ -579,7 +512,6 @@ CANDIDATES: dict[str, Any] = {
     "loops": Loops,
     "lanes": Lanes,
     "mudd": Mudd,
-    "bare": Bare,
     "soap": Soap,
 }
 OPTIONS = {  # variable -> the candidate whose option it is

@@ -45,13 +45,12 @@ from torch import Tensor
 sys.path.insert(0, str(REPO / "bench"))
 import ablate  # noqa: E402
 import candidates  # noqa: E402
-from candidates import Bare, Lanes, Loops, Mudd, Soap  # noqa: E402
+from candidates import Lanes, Loops, Mudd, Soap  # noqa: E402
 
 LOOPS = Loops(loop_first=1, loop_last=2)  # of the tiny model's 4 layers, 2 in each half
 LANES = Lanes(lane_layers=2)
 MUDD = Mudd(mudd_layers=2, mudd_states=(0, 1))
-BARE = Bare(bare_layers=(1,))
-ALL = [LOOPS, LANES, MUDD, BARE]
+ALL = [LOOPS, LANES, MUDD]
 SOAP = Soap(soap_sides=2)  # it changes the optimizer, the others the model
 Install = Callable[..., None]
 
@@ -82,11 +81,10 @@ Weights = Mapping[str, Tensor]
 
 
 class Reference:
-    """The plain parts of the tiny model, in float64; layers `bare` have no attention."""
+    """The plain parts of the tiny model, in float64."""
 
-    def __init__(self, h: tg.Hyperparameters, w: Weights, inputs: Tensor, bare: Sequence[int] = ()):
+    def __init__(self, h: tg.Hyperparameters, w: Weights, inputs: Tensor):
         self.h = h
-        self.bare = bare
         self.half = h.num_layers // 2
         x = tg.rms_norm(w["tok_emb"][inputs])
         self.embedded = tg.smear(x, w["smear_gate"], w["smear_token"], inputs)
@@ -104,8 +102,6 @@ class Reference:
 
     def attention(self, w: Weights, x: Tensor, number: int, to_values: Any = 0.0) -> Tensor:
         """`to_values` is added to what V is made from."""
-        if number in self.bare:
-            return torch.zeros_like(x)
         h = self.h
         layers = h.num_layers
         seen = tg.rms_norm(x) / math.sqrt(number + 1)
@@ -366,71 +362,6 @@ def test_mixing_costs_so_many_weights_without_a_grid(install: Install) -> None:
     assert tg.export_grids(h) == grids
 
 
-# Layers without attention
-
-
-@pytest.mark.parametrize("layers", [(1,), (0, 2), (3,)])
-def test_a_bare_layer_adds_its_mlp_alone(layers: tuple[int, ...], install: Install) -> None:
-    """Layers 2 and 3 have the value embedding and XSA."""
-    h = tiny()
-    install(Bare(layers))
-    model = tiny_model(h, torch.float64)
-    w = weights_of(model)
-    inputs, targets = batch(h)
-    with in_float64():
-        with torch.no_grad():
-            reference = Reference(h, w, inputs, bare=layers)
-            x = reference.embedded
-            for number in range(4):
-                x = reference.layer(w, x, number)
-            torch.testing.assert_close(model.final_hidden(inputs), x, rtol=0, atol=1e-9)
-        model.mean_loss(inputs, targets).backward()
-    for name in ("qo_bank", "kv_bank", "attn_scale", "q_gain", "attn_gate"):
-        gradient = model.get_parameter(name).grad
-        assert gradient is not None
-        moves = gradient.flatten(1).any(1).tolist()  # by layer, of a bank once for each role
-        assert moves == [number not in layers for number in range(4)] * (len(moves) // 4), name
-    assert model.ve_scale.grad.ne(0).tolist() == [number not in layers for number in (2, 3)]
-
-
-def test_decay_alone_moves_weights_that_no_layer_reads(install: Install) -> None:
-    h = tiny()
-    install(BARE)
-    trainer = new_trainer(h)
-    masters = trainer.optimizer.masters()
-    rows = [1, h.num_layers + 1]
-    masters["qo_bank"][rows] = 0.5
-    masters["attn_scale"][1] = 0.5
-    tokens = torch.randint(h.vocab_size, (8, 33), generator=torch.Generator().manual_seed(0))
-    for _ in range(3):
-        assert trainer.train_step(tokens, 1.0, 0.25).isfinite()
-    assert all(master.isfinite().all() for master in masters.values())
-    for name, index, lr in (("qo_bank", rows, h.matrix_lr), ("attn_scale", [1], h.scalar_lr)):
-        kept = masters[name][index]
-        torch.testing.assert_close(kept, torch.full_like(kept, 0.5 * (1 - 0.25 * lr) ** 3))
-
-
-def test_what_a_bare_layer_leaves_unread_takes_no_bytes(tmp_path: Path, install: Install) -> None:
-    """Zeros at the start, which late QAT and packing leave as they are."""
-    h = tiny(warmdown_fraction=1.0, qat_threshold=0.5)
-    before = tg.initial_weights(h)
-    install(BARE)
-    start = tg.initial_weights(h)
-    run = Run(h, tmp_path)
-    assert run.facts.qat_steps > 0
-    for weights in (start, run.stages["trained"]):
-        for name in ("qo_bank", "kv_bank"):
-            assert not weights[name][[1, h.num_layers + 1]].any(), name
-    others = [0, 2, 3]
-    for name, weight in before.items():
-        same = torch.equal(start[name], weight)
-        banks = name in ("qo_bank", "kv_bank")
-        assert same or (banks and torch.equal(start[name][others], weight[others])), name
-    sizes = [len(tg.pack(weights, h, 1e-2)) for weights in (before, start)]
-    weights = 32 * 32 + 2 * 16 * 32  # q, k and v; o starts at zero anyway
-    assert sizes[0] - sizes[1] > weights * 5 / 8, "more than 5 bits a weight"
-
-
 # SOAP-Muon
 
 
@@ -686,7 +617,7 @@ def test_together_each_does_what_it_does_alone(added: list[Any], install: Instal
     inputs, _ = batch(h)
     order = [0, 1, 2, 1, 2, 3]
     with in_float64(), torch.no_grad():
-        reference = Reference(h, w, inputs, BARE.bare_layers)
+        reference = Reference(h, w, inputs)
         lanes = [reference.embedded] * 2
         for i, number in enumerate(order):
             skips = number not in order[i + 1 :]
@@ -769,7 +700,7 @@ def test_no_graph_is_compiled_on_the_clock(
 ) -> None:
     """With validations before and after the loops begin and the sequences grow, and late QAT."""
     h = tiny(**SCHEDULED | dict(val_loss_every=2, eval_stride=0, early_seq_len=16))
-    install(Loops(0, 0), Lanes(1), Mudd(1, (0,)), Bare((0,)), SOAP)
+    install(Loops(0, 0), Lanes(1), Mudd(1, (0,)), SOAP)
     plain = Run(h, tmp_path / "plain")
     warm_up = tg.Trainer.warm_up
     with ExitStack() as stack:
@@ -862,18 +793,15 @@ def test_two_ranks_train_what_one_does(tmp_path: Path, install: Install) -> None
 
 
 def test_candidates_and_their_options_are_read_from_a_variant() -> None:
-    variant = ablate.parse(
-        "x: ON=mudd,loops,bare LOOP_FROM=0.5 MUDD_STATES=2,5 BARE_LAYERS=0,9 SEED=7 OFF=smear"
-    )
+    variant = ablate.parse("x: ON=mudd,loops LOOP_FROM=0.5 MUDD_STATES=2,5 SEED=7 OFF=smear")
     ablate.check(variant)
     assert variant.on == [
         Mudd(mudd_states=(2, 5)),
         Loops(loop_from=0.5),
-        Bare(bare_layers=(0, 9)),
     ]
     assert variant.off == ["smear"]
     assert variant.environment["SEED"] == "7"
-    read = {"ON", "OFF", "LOOP_FROM", "MUDD_STATES", "BARE_LAYERS"}
+    read = {"ON", "OFF", "LOOP_FROM", "MUDD_STATES"}
     assert not read & variant.environment.keys()
     assert ablate.parse("base").on == []
 
@@ -881,7 +809,7 @@ def test_candidates_and_their_options_are_read_from_a_variant() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ("ON=loop", "unknown; choose of loops, lanes, mudd, bare, soap"),
+        ("ON=loop", "unknown; choose of loops, lanes, mudd, soap"),
         ("ON=loops,loops", "loops twice"),
         ("ON=loops LOOP_FROM=half", "expected a number; its default is 0.35"),
         ("ON=loops LOOP_FIRST=1.5", "expected a whole number; its default is 3"),
@@ -900,10 +828,6 @@ def test_candidates_and_their_options_are_read_from_a_variant() -> None:
         ("ON=mudd,lanes LANE_LAYERS=4", "before layer 7, where the lanes part"),
         ("ON=soap SOAP_BETA=1", "SOAP_BETA=1.0: expected a decay between 0 and 1"),
         ("ON=soap SOAP_SIDES=3", "expected 1 or 2"),
-        ("ON=bare BARE_LAYERS=11", "expected layers of 0 to 10"),
-        ("ON=bare BARE_LAYERS=-1", "expected layers of 0 to 10"),
-        ("ON=bare BARE_LAYERS=5,5", "each once; set BARE_LAYERS=5"),
-        ("ON=bare BARE_LAYERS=9,10", "leave out one of 9, 10 or raise VE_LAYERS"),
     ],
 )
 def test_what_cannot_run_is_refused_before_any_run(
@@ -931,8 +855,8 @@ def test_a_run_with_all_candidates_leaves_a_row(
     for name, value in settings.items():
         monkeypatch.setenv(name, str(value))
     settings_of_all = (
-        "ON=loops,lanes,mudd,bare,soap LOOP_FIRST=1 LOOP_LAST=2 LANE_LAYERS=2 MUDD_STATES=0,1 "
-        "BARE_LAYERS=1 EARLY_SEQ_LEN=32"
+        "ON=loops,lanes,mudd,soap LOOP_FIRST=1 LOOP_LAST=2 LANE_LAYERS=2 MUDD_STATES=0,1 "
+        "EARLY_SEQ_LEN=32"
     )
     table = tmp_path / "TABLE.md"
     ablate.main([f"all (-0.01): {settings_of_all}"], table)
