@@ -225,12 +225,10 @@ class Hyperparameters:
     xsa_layers: int = of_model(4)  # last layers whose attention drops the token's own value
     ve_layers: int = of_model(2, low=1)  # last layers that add the value embedding to V
     ve_dim: int = of_model(128, low=1)  # of the shared value embedding, projected to V's width
-    # Logits x become logit_softcap tanh((x + logit_shift) / logit_width), bounded to steady early
-    # training.  Most tokens are unlikely, so the shift gives low logits more room than high ones.
-    # But for a constant, which softmax ignores, it is modded-nanogpt's 23 sigmoid((x + 5) / 7.5).
-    logit_softcap: float = of_model(11.5, low=1e-12)
-    logit_shift: float = of_model(5.0, low=-FLOAT32_MAX)
-    logit_width: float = of_model(15.0, low=1e-12)
+    # Logits x become logit_softcap tanh((x + logit_shift) / logit_width).
+    logit_softcap: float = of_model(30.0, low=1e-12)  # bounds logits, steadies early training
+    logit_shift: float = of_model(0.0, low=-FLOAT32_MAX)
+    logit_width: float = of_model(30.0, low=1e-12)
     qk_gain_init: float = setting(4.0)  # per-head sharpness of the attention logits
     embed_init_std: float = setting(0.005)  # near-uniform first predictions by the tied head
 
@@ -379,6 +377,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         mlp_hidden=1536,
         key_shift=1,
         gate_dims=12,
+        # Most tokens are unlikely, so low logits get more room than high ones.  But for a constant,
+        # which softmax ignores, it is modded-nanogpt's 23 sigmoid((x + 5) / 7.5).
+        logit_softcap=11.5,
+        logit_shift=5.0,
+        logit_width=15.0,
         tok_emb_step_ratio=0.5,
         ve_emb_step_ratio=2.0,
     ),
