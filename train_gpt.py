@@ -225,7 +225,8 @@ class Hyperparameters:
     xsa_layers: int = of_model(4)  # last layers whose attention drops the token's own value
     ve_layers: int = of_model(2, low=1)  # last layers that add the value embedding to V
     ve_dim: int = of_model(128, low=1)  # of the shared value embedding, projected to V's width
-    # Logits x become logit_softcap tanh((x + logit_shift) / logit_width).
+    # Logits x become logit_softcap tanh((x + logit_shift) / logit_width); small ones stay as they
+    # are where softcap and width are equal and the shift is 0.
     logit_softcap: float = of_model(30.0, low=1e-12)  # bounds logits, steadies early training
     logit_shift: float = of_model(0.0, low=-FLOAT32_MAX)
     logit_width: float = of_model(30.0, low=1e-12)
