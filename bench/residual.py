@@ -66,6 +66,13 @@ class Mixing(NamedTuple):
     def has_skip(self) -> bool:
         return self.s_MD is not None
 
+    @property
+    def of_kernel(self) -> tuple[Tensor, ...]:
+        """e, s, keep, mix and w; without a skip, tensors that are not touched stand for s and w."""
+        s_MD = self.e_MD if self.s_MD is None else self.s_MD
+        w_D = self.keep_D if self.w_D is None else self.w_D
+        return self.e_MD, s_MD, self.keep_D, self.mix_D, w_D
+
 
 # ---- Plain twins --------------------------------------------------------------------------------
 def mix(
@@ -258,15 +265,10 @@ def fused_forward(
     """`plain_forward` in one kernel."""
     outputs = [torch.empty_like(x_MD) for _ in range(3 if store else 2)]
     z_MD = outputs[-1]  # not touched where it is not stored
-    keep_D, mix_D, e_MD, w_D, s_MD = mixing
     mix_kernel[(programs_of(tiling, len(x_MD)),)](
         x_MD,
         f_MD,
-        e_MD,
-        e_MD if s_MD is None else s_MD,
-        keep_D,
-        mix_D,
-        keep_D if w_D is None else w_D,
+        *mixing.of_kernel,
         *outputs[:2],
         z_MD,
         scale,
@@ -292,7 +294,6 @@ def fused_backward(
 ) -> tuple[Tensor, ...]:
     """`plain_backward` in one kernel and a sum; `running` itself becomes de."""
     x_MD, f_MD = stream[0], stream[-1]
-    keep_D, mix_D, e_MD, w_D, s_MD = mixing
     dz_MD = torch.empty_like(x_MD)
     ds_MD = torch.empty_like(x_MD) if mixing.has_skip else dz_MD
     de_MD = torch.empty_like(x_MD) if running_MD is None else running_MD
@@ -303,11 +304,7 @@ def fused_backward(
         *upstream,
         x_MD,
         f_MD,
-        e_MD,
-        e_MD if s_MD is None else s_MD,
-        keep_D,
-        mix_D,
-        keep_D if w_D is None else w_D,
+        *mixing.of_kernel,
         dz_MD,
         de_MD,
         ds_MD,
@@ -322,7 +319,7 @@ def fused_backward(
         running_MD is not None,
         num_warps=tiling.warps,
     )
-    dkeep, dmix, *dw = parts.sum(0).to(keep_D.dtype).unbind(0)
+    dkeep, dmix, *dw = parts.sum(0).to(mixing.keep_D.dtype).unbind(0)
     return (dz_MD, dkeep, dmix, de_MD, *dw, *([ds_MD] if mixing.has_skip else []))
 
 
@@ -383,12 +380,6 @@ def both_passes(forward: Pass, backward: Pass, given: Problem, stored: bool) -> 
     return (*outputs, *backward(upstream, stream, scale, mixing, running.clone()))
 
 
-def largest_error(found: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> float:
-    """By the norm of the difference; nan if any number is."""
-    errors = [(a.float() - b).norm() / b.norm() for a, b in zip(found, exact, strict=True)]
-    return float(torch.stack(errors).max())
-
-
 def microseconds(
     forward: Pass, backward: Pass, given: Problem, stored: bool, on_cuda: bool
 ) -> list[float]:
@@ -423,7 +414,7 @@ def measured(
     """The cells of a row from its times on; `given` is without and with a skip."""
     on_cuda = exact[0].is_cuda
     try:
-        error = largest_error(both_passes(forward, backward, given[1], stored), exact)
+        error = tg.largest_error(both_passes(forward, backward, given[1], stored), exact)
         times = [microseconds(forward, backward, each, stored, on_cuda) for each in given]
     except Exception as fault:  # a tiling that does not fit is a row as well
         why = f"{type(fault).__name__}: {fault}".splitlines()[0][:80].replace("|", "/")

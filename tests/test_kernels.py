@@ -1,8 +1,6 @@
 """The Triton kernels against their plain-torch twins; without a GPU Triton interprets them."""
 
-import os
 import re
-import subprocess
 import sys
 import types
 from collections.abc import Callable
@@ -503,13 +501,7 @@ for width, block, warps in ((512, 512, 1), (1408, 2048, 4)):
 
 
 def test_the_kernels_compile_and_fit_a_hopper_gpus_memory() -> None:
-    path = os.pathsep.join([str(support.REPO), *sys.path])
-    environment = {**os.environ, "PYTHONPATH": path}
-    environment.pop("TRITON_INTERPRET", None)  # the interpreter accepts what the compiler refuses
-    done = subprocess.run([sys.executable, "-c", COMPILE_FOR_HOPPER], env=environment,
-                          capture_output=True, text=True, timeout=300)  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    lines = [line.split() for line in done.stdout.splitlines()]
+    lines = support.printed_by_compiler(COMPILE_FOR_HOPPER)
     names = ["linear_relu2_kernel", "heads_kernel"] * 2
     names += ["softcap_loss_kernel"] * 2 + ["round_rows_kernel"] * 2
     assert [name for name, *_ in lines] == names

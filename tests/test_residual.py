@@ -1,9 +1,7 @@
 """Claims about bench/residual.py: its kernels equal their plain twins, and what its table says."""
 
 import dataclasses
-import os
 import re
-import subprocess
 import sys
 
 import pytest
@@ -99,7 +97,7 @@ def test_in_bfloat16_the_kernels_have_only_its_error(stored: bool, skip: bool) -
     narrow = wide.to(torch.bfloat16)
     found = residual.both_passes(*fused(TILINGS[1]), narrow, stored)
     assert all(t.dtype == torch.bfloat16 for t in found)
-    assert 1e-4 < residual.largest_error(found, exact) < 6e-3
+    assert 1e-4 < tg.largest_error(found, exact) < 6e-3
 
 
 def test_the_running_gradient_is_added_to_in_place_and_only_in_the_given_rows() -> None:
@@ -178,8 +176,8 @@ def test_the_roofline_counts_every_tensor_once() -> None:
 
 def test_nan_is_no_small_error() -> None:
     good, bad = torch.ones(3), torch.tensor([1.0, float("nan"), 1.0])
-    assert residual.largest_error((good, good), (good, good)) == 0
-    assert not residual.largest_error((good, bad), (good, good)) < 1
+    assert tg.largest_error((good, good), (good, good)) == 0
+    assert not tg.largest_error((good, bad), (good, good)) < 1
 
 
 def test_the_tilings_fit_a_processor_of_an_h100() -> None:
@@ -228,13 +226,7 @@ for n in (1, 2, 4, 8):
 
 def test_the_kernels_compile_for_hopper_and_nothing_spills() -> None:
     """What spills is on the stack."""
-    path = os.pathsep.join([str(support.REPO), str(support.REPO / "bench"), *sys.path])
-    environment = {**os.environ, "PYTHONPATH": path}
-    environment.pop("TRITON_INTERPRET", None)  # the interpreter accepts what the compiler refuses
-    done = subprocess.run([sys.executable, "-c", COMPILE_FOR_HOPPER], env=environment,
-                          capture_output=True, text=True, timeout=300)  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    lines = [line.split() for line in done.stdout.splitlines()]
+    lines = support.printed_by_compiler(COMPILE_FOR_HOPPER, support.REPO / "bench")
     assert [name for name, *_ in lines] == ["mix_kernel", "mix_backward_kernel"] * 8
     for _, stages, registers, stack, shared, pipelined in lines:
         assert int(registers) < 255 and stack == "0" and int(shared) <= 232_448
