@@ -49,7 +49,7 @@ import signal
 import struct
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -1936,11 +1936,8 @@ def twin_error(fast: Callable[..., Any], plain: Callable[..., Any], inputs: list
         )
         return [y.detach(), *torch.autograd.grad(y, leaves, dy.bfloat16().to(dtype))]
 
-    return largest_error(results(fast, torch.bfloat16), results(plain, torch.float32))
-
-
-def largest_error(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
-    """Relative, by the norm of a tensor's difference; it is nan if any number is."""
+    found = results(fast, torch.bfloat16)
+    exact = results(plain, torch.float32)
     errors = [(a.float() - b).norm() / b.norm() for a, b in zip(found, exact, strict=True)]
     return float(torch.stack(errors).max())
 
