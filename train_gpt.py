@@ -2298,6 +2298,7 @@ class FlatAdamW:
         runtime.sum(self.received)
 
     def publish(self, weights: Mapping[str, Tensor]) -> None:
+        """These become the working weights."""
         torch._foreach_copy_(
             list(self.parameters.values()), [weights[name] for name in self.parameters]
         )
@@ -2332,11 +2333,12 @@ class LateQAT:
         return float(self.grid_step) if self.on else 0.0
 
     def rounded(self, masters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """`masters`, on the grid where they have one."""
+        """`masters`, some or all, on the grid where they have one."""
         weights = dict(masters)
-        for name, grid in self.grids.items():
-            w = self.round(matrices(masters[name]), self.grid_step, *grid)
-            weights[name] = w.view_as(masters[name])
+        for name, master in masters.items():
+            if name in self.grids:
+                w = self.round(matrices(master), self.grid_step, *self.grids[name])
+                weights[name] = w.view_as(master)
         return weights
 
     def start(self, masters: Mapping[str, Tensor], weight_bytes: float) -> float:
@@ -2361,7 +2363,7 @@ class LateQAT:
 class Optimizer:
     """Muon on the banks, sharded over ranks; AdamW on the rest, the same on every rank.
 
-    float32 masters live here and the model holds working weights, which `write_back` makes from
+    float32 masters live here and the model holds working weights, which `working` makes from
     them.  Gradients are summed over ranks here too, without a DDP wrapper.  On CUDA the masters of
     every rank start from weights already rounded to bfloat16.
     """
@@ -2404,8 +2406,10 @@ class Optimizer:
         shards = self.reduce(loss, dict(zip(self.names, grads, strict=True)))
         norm = self.gradient_norm(shards)
         finite = norm.isfinite()
-        self.move_masters(shards, self.clip_factor(norm), self.lr * finite)
-        self.write_back()
+        clip, lr = self.clip_factor(norm), self.lr * finite
+        pending = self.move_banks(shards, clip, lr)
+        self.move_small(clip, lr)
+        wait_for(pending)
         return torch.where(finite, self.small.loss, torch.nan)
 
     def reduce(self, loss: Tensor, grads: Mapping[str, Tensor]) -> list[Tensor]:
@@ -2430,16 +2434,32 @@ class Optimizer:
         most = self.h.grad_clip_norm or math.inf
         return (most / (norm + 1e-6)).clamp(max=1.0).nan_to_num()
 
-    def move_masters(self, shards: list[Tensor], clip: Tensor, lr: Tensor) -> None:
-        """Muon on this rank's shards, AdamW on the rest; `lr` is 0 where nothing may move."""
+    def move_banks(self, shards: list[Tensor], clip: Tensor, lr: Tensor) -> list[Any]:
+        """Muon on this rank's shards; `lr` is 0 where nothing may move.
+
+        The all-gather of a bank runs while the next one moves.  Returns those under way.
+        """
         h = self.h
-        small = self.small
-        matrix_lr = lr * h.matrix_lr
         momentum = muon_momentum(h, self.steps_done)
+        pending = []
         for bank, shard in zip(self.banks, shards, strict=True):
             self.muon_update(
-                shard, bank, clip, matrix_lr, momentum, self.decay, h.muon_beta2, self.runtime.dtype
+                shard,
+                bank,
+                clip,
+                lr * h.matrix_lr,
+                momentum,
+                self.decay,
+                h.muon_beta2,
+                self.runtime.dtype,
             )
+            weights = self.working({bank.name: bank.master})
+            pending.append(bank.publish(weights[bank.name], self.runtime))
+        return pending
+
+    def move_small(self, clip: Tensor, lr: Tensor) -> None:
+        """AdamW on the parameters outside banks; `lr` is 0 where nothing may move."""
+        small = self.small
         self.steps_done += 1
         self.adamw_update(
             small.grad,
@@ -2450,18 +2470,13 @@ class Optimizer:
             lr * small.lr,
             self.decay,
             self.steps_done,
-            h,
+            self.h,
         )
+        small.publish(self.working(small.masters))
 
-    @torch.no_grad()
-    def write_back(self) -> None:
-        """Working weights from the masters, on the export grid if late QAT is on."""
-        weights = self.masters()
-        if self.late_qat.on:
-            weights = self.late_qat.rounded(weights)
-        pending = [bank.publish(weights[bank.name], self.runtime) for bank in self.banks]
-        self.small.publish(weights)
-        wait_for(pending)
+    def working(self, masters: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Working weights of some or all masters: on the export grid if late QAT is on."""
+        return self.late_qat.rounded(masters) if self.late_qat.on else masters
 
     def start_late_qat(self, weight_bytes: float) -> float:
         """Rounds from the next write-back on; returns the grid step."""

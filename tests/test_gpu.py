@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import REPO, tiny
+from support import REPO, tiny, write_back
 
 import train_gpt as tg
 
@@ -75,7 +75,7 @@ def test_late_qat_on_cuda_writes_the_bits_of_the_artifact(kernels: tg.Kernels) -
     for master in trainer.optimizer.masters().values():
         master.add_(torch.randn(master.shape, generator=generator, device="cuda"), alpha=0.05)
     step = trainer.optimizer.start_late_qat(10_000)
-    trainer.optimizer.write_back()
+    write_back(trainer.optimizer)
     _, state = tg.unpack(tg.pack(trainer.optimizer.gather(trainer.optimizer.masters()), h, step))
     parameters = dict(trainer.model.named_parameters())
     grids = tg.export_grids(h)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import ranks
 import torch
-from support import REPO, completed, cpu_runtime, normal, tiny, tiny_model
+from support import REPO, completed, cpu_runtime, normal, tiny, tiny_model, write_back
 from torch import Tensor
 
 import train_gpt
@@ -516,12 +516,38 @@ def test_qat_leaves_the_masters_unrounded() -> None:
             assert (grid[name] - master).abs().max() > 1e-5, "the grid is too fine to see"
 
 
+def test_a_bank_goes_to_the_other_ranks_before_the_next_one_moves(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """So its all-gather runs meanwhile; and it goes as it is after its own move."""
+    optimizer = new_optimizer(tiny())
+    move, publish = optimizer.muon_update, train_gpt.Bank.publish
+    order = []
+
+    def noted_move(grad: Tensor, bank: train_gpt.Bank, *rest: Any) -> None:
+        order.append(("move", bank.name))
+        move(grad, bank, *rest)
+
+    def noted_publish(bank: train_gpt.Bank, weights: Tensor, *rest: Any) -> Any:
+        order.append(("publish", bank.name))
+        assert torch.equal(weights, bank.master)
+        return publish(bank, weights, *rest)
+
+    monkeypatch.setattr(optimizer, "muon_update", noted_move)
+    monkeypatch.setattr(train_gpt.Bank, "publish", noted_publish)
+    one_step(optimizer, torch.tensor(0.0), 1.0, gradients_of(optimizer, 1.0))
+    names = [bank.name for bank in optimizer.banks]
+    assert order == [(what, name) for name in names for what in ("move", "publish")]
+    for name, p in optimizer.model.named_parameters():
+        assert torch.equal(p, optimizer.masters()[name]), name
+
+
 def test_write_back_twice_changes_nothing() -> None:
     optimizer = new_optimizer(tiny())
     optimizer.start_late_qat(5000.0)
-    optimizer.write_back()
+    write_back(optimizer)
     once = [p.detach().clone() for p in optimizer.model.parameters()]
-    optimizer.write_back()
+    write_back(optimizer)
     assert all(map(torch.equal, once, optimizer.model.parameters()))
 
 

@@ -376,7 +376,7 @@ def test_the_working_weights_of_late_qat_are_the_exported_ones() -> None:
     model = support.tiny_model(h)
     optimizer = train_gpt.Optimizer(model, h, support.cpu_runtime())
     step = optimizer.start_late_qat(9_000)
-    optimizer.write_back()
+    support.write_back(optimizer)
     masters = optimizer.gather(optimizer.masters())
     _, read = train_gpt.unpack(train_gpt.pack(masters, h, step))
     for name, working in model.named_parameters():
