@@ -2440,18 +2440,12 @@ class Optimizer:
         The all-gather of a bank runs while the next one moves.  Returns those under way.
         """
         h = self.h
+        matrix_lr = lr * h.matrix_lr
         momentum = muon_momentum(h, self.steps_done)
         pending = []
         for bank, shard in zip(self.banks, shards, strict=True):
             self.muon_update(
-                shard,
-                bank,
-                clip,
-                lr * h.matrix_lr,
-                momentum,
-                self.decay,
-                h.muon_beta2,
-                self.runtime.dtype,
+                shard, bank, clip, matrix_lr, momentum, self.decay, h.muon_beta2, self.runtime.dtype
             )
             weights = self.working({bank.name: bank.master})
             pending.append(bank.publish(weights[bank.name], self.runtime))
@@ -2479,7 +2473,7 @@ class Optimizer:
         return self.late_qat.rounded(masters) if self.late_qat.on else masters
 
     def start_late_qat(self, weight_bytes: float) -> float:
-        """Rounds from the next write-back on; returns the grid step."""
+        """Rounds from the next step on; returns the grid step."""
         return self.late_qat.start(self.masters(), weight_bytes)
 
     def masters(self) -> dict[str, Tensor]:
