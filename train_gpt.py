@@ -2406,7 +2406,8 @@ class Optimizer:
         shards = self.reduce(loss, dict(zip(self.names, grads, strict=True)))
         norm = self.gradient_norm(shards)
         finite = norm.isfinite()
-        clip, lr = self.clip_factor(norm), self.lr * finite
+        clip = self.clip_factor(norm)
+        lr = self.lr * finite
         pending = self.move_banks(shards, clip, lr)
         self.move_small(clip, lr)
         wait_for(pending)

@@ -266,14 +266,3 @@ def challenge_tree(root: Path) -> Path:
     for name in ENTRY:
         shutil.copy(REPO / name, entry)
     return entry
-
-
-def printed_by_compiler(script: str, *folders: Path) -> list[list[str]]:
-    """The words of each line that a script prints which compiles kernels for another GPU."""
-    path = os.pathsep.join([str(REPO), *map(str, folders), *sys.path])
-    environment = {**os.environ, "PYTHONPATH": path}
-    environment.pop("TRITON_INTERPRET", None)  # the interpreter accepts what the compiler refuses
-    done = subprocess.run([sys.executable, "-c", script], env=environment,
-                          capture_output=True, text=True, timeout=300)  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    return [line.split() for line in done.stdout.splitlines()]
