@@ -1,6 +1,6 @@
 """Candidates: techniques that are measured before they may enter train_gpt.py.
 
-bench/ablate.py installs them in a run's own process: ON=loops,mudd and, as further KEY=VALUE of the
+bench/ablate.py installs them in a run's own process: ON=loops,soap and, as further KEY=VALUE of the
 variant, their options, which are the fields of the classes here.  A candidate is a patch of
 train_gpt.py: other values for some attributes.  Each value calls the one that it takes the place
 of, so candidates add up, in any order.  All of a candidate's numbers stay constant within a graph:
@@ -13,14 +13,12 @@ table; they would be 2 to 4 kB.
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import train_gpt as tg
@@ -139,211 +137,6 @@ class Loops(NamedTuple):
             Replacement(tg.Trainer, "warm_up_steps", warm_up_steps_of_both),
             Replacement(tg.Evaluator, "warm_up", warm_up_both),
             Replacement(tg, "switch_on", switch_on_loops),
-        ]
-
-
-# Two lanes
-
-
-def fill_route(w: Tensor, generator: torch.Generator) -> Tensor:
-    """(L, 2, 2): more of an output to the lane that it was read from (pg#1518)."""
-    w[:] = torch.tensor([[1.3, 0.7], [0.7, 1.3]])
-    return w
-
-
-def mean(lanes: tuple[Tensor, Tensor]) -> Tensor:
-    return 0.5 * (lanes[0] + lanes[1])
-
-
-class Lanes(NamedTuple):
-    """Two residual lanes in the last layers (pg#1529): attention reads one, the MLP the other.
-
-    Both lanes start as the stream.  Each output is added to both lanes, times learned factors
-    `lane_route` (LANE_LAYERS, output: attention or MLP, lane).  So attention and MLP of a layer do
-    not depend on each other.  Skip and embedding are mixed into both lanes alike.  At the end
-    stands the plain mean of the lanes.  With the starting factors it gets each output once, as the
-    stream does; learned weights could only say again how much of an output counts, which the
-    routing says.
-    """
-
-    lane_layers: int = 3  # the last ones
-
-    def check(self, h: tg.Hyperparameters) -> None:
-        require(
-            1 <= self.lane_layers <= h.num_layers,
-            f"LANE_LAYERS={self.lane_layers}: expected 1 to {h.num_layers}, the number of layers",
-        )
-
-    def replacements(self) -> list[Replacement]:
-        parameter_table = tg.parameter_table
-        run_layer = tg.GPT.run_layer
-
-        def table(h: tg.Hyperparameters) -> dict[str, tg.ParameterRow]:
-            route = tg.ParameterRow((self.lane_layers, 2, 2), "scalar", fill_route)
-            return parameter_table(h) | {"lane_route": route}
-
-        def run_layer_in_lanes(
-            model: tg.GPT, x: Any, layer: tg.LayerPlan, shared: tg.Shared, skips: list[Tensor]
-        ) -> Any:
-            """From the first of these layers to the last, the stream is a pair of lanes."""
-            last = model.h.num_layers - 1
-            row = layer.number - last - 1 + self.lane_layers
-            parted = isinstance(x, tuple)
-            if row < 0:
-                x = mean(x) if parted else x  # a loop leads back before the lanes
-                return run_layer(model, x, layer, shared, skips)
-
-            if parted:
-                first = model.mix_in(x[0], layer, shared, skips)
-                # `mix_in` is affine in the stream, and takes the skip from its stack but once.
-                second = first + model.resid_mix[layer.number, 0] * (x[1] - x[0])
-            else:
-                first = second = model.mix_in(x, layer, shared, skips)
-            attended = model.attention(first, layer, shared)
-            fed = model.feed_forward(second, layer, shared)
-            (a0, a1), (m0, m1) = (pair.unbind(0) for pair in model.lane_route[row].unbind(0))
-            lanes = (first + a0 * attended + m0 * fed, second + a1 * attended + m1 * fed)
-            if layer.saves_skip:
-                skips.append(mean(lanes))
-            return mean(lanes) if layer.number == last else lanes
-
-        return [
-            Replacement(tg, "parameter_table", table),
-            Replacement(tg.GPT, "run_layer", run_layer_in_lanes),
-        ]
-
-
-# Dynamic dense connections
-
-MUDD_WIDTH = 64  # hidden width of what makes the coefficients
-# Factor on the two matrices, which are stored so much larger: AdamW moves any weight by its
-# learning rate, and SCALAR_LR=0.01 times this is the 0.002 of modded-nanogpt's record 81.
-MUDD_RATE = 0.2
-
-
-# What the layers share and, by the layer's number, the streams behind layers and what is to be
-# added to the input of V: two dictionaries of tensors (B, T, D), filled on the way.
-SHARED_FIELDS = [*tg.Shared._fields, "states", "values"]
-SharedStates: Any = collections.namedtuple("SharedStates", SHARED_FIELDS)  # type: ignore[misc]
-
-
-def blend(shares: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensor:
-    """Sum of tensors (B, T, D) times their shares (B, T)."""
-    pairs = zip(shares, tensors, strict=True)
-    first, *others = [share[..., None] * tensor for share, tensor in pairs]
-    return sum(others, first)
-
-
-class Mudd(NamedTuple):
-    """Dynamic dense connections (MUDD, Xiao et al., 2025) into the last layers, in a light form.
-
-    As in modded-nanogpt's record 81 and pg#1936, the stream and the input of V get some of each of
-    {x0, the streams behind the layers MUDD_STATES, the stream itself}; x0 is the embedding that the
-    first layer gets.  A token's shares are
-
-        MUDD_SCALE * (W2 gelu(W1 rms_norm(x)) + b),   W1 (64, D), W2 (shares, 64), b (shares),
-
-    with x the stream after `mix_in`.  They are added to what the model does without them and start
-    at zero, so it starts as the model that it is without.  V gets normed streams times the layer's
-    depth scale, like its own input, by one more product.  With lanes, x is attention's lane, and
-    both lanes get the same.
-    """
-
-    mudd_layers: int = 2  # the last ones
-    mudd_states: tuple[int, ...] = (3, 7)  # zero-based; of a looped layer the last pass counts
-    mudd_scale: float = 0.1
-
-    def check(self, h: tg.Hyperparameters) -> None:
-        require(
-            1 <= self.mudd_layers < h.num_layers,
-            f"MUDD_LAYERS={self.mudd_layers}: expected 1 to {h.num_layers - 1} of the layers",
-        )
-        first = h.num_layers - self.mudd_layers
-        named = ",".join(map(str, self.mudd_states))
-        require(
-            all(0 <= number < first for number in self.mudd_states),
-            f"MUDD_STATES={named}: expected layers before the first that mixes, {first}; set "
-            f"MUDD_STATES={first // 3},{2 * first // 3}",
-        )
-        require(
-            0 < self.mudd_scale < math.inf,
-            f"MUDD_SCALE={self.mudd_scale}: expected a finite number above 0",
-        )
-
-    @property
-    def sources(self) -> int:
-        return len(self.mudd_states) + 2
-
-    def rows(self, h: tg.Hyperparameters) -> dict[str, tg.ParameterRow]:
-        """None has a grid, so the artifact stores them in float16."""
-        layers = self.mudd_layers
-        shares = 2 * self.sources
-        even = tg.normal(h.model_dim**-0.5 / MUDD_RATE)
-        zero = tg.constant(0.0)
-        return {
-            "mudd_in": tg.ParameterRow((layers, MUDD_WIDTH, h.model_dim), "scalar", even),
-            "mudd_out": tg.ParameterRow((layers, shares, MUDD_WIDTH), "scalar", zero),
-            "mudd_bias": tg.ParameterRow((layers, shares), "scalar", zero),
-        }
-
-    def shares(self, model: tg.GPT, x_BTD: Tensor, row: int) -> tuple[Tensor, ...]:
-        """First those of the stream, then those of V, (B, T) each."""
-        hidden = F.gelu(F.linear(tg.rms_norm(x_BTD), MUDD_RATE * model.mudd_in[row]))
-        shares = F.linear(hidden, MUDD_RATE * model.mudd_out[row]) + model.mudd_bias[row]
-        return (self.mudd_scale * shares).unbind(-1)
-
-    def replacements(self) -> list[Replacement]:
-        parameter_table = tg.parameter_table
-        shared_of = tg.GPT.shared
-        run_layer = tg.GPT.run_layer
-        mix_in = tg.GPT.mix_in
-        heads = tg.GPT.heads
-
-        def table(h: tg.Hyperparameters) -> dict[str, tg.ParameterRow]:
-            return parameter_table(h) | self.rows(h)
-
-        def shared_with_states(model: tg.GPT, inputs_BT: Tensor) -> Any:
-            return SharedStates(*shared_of(model, inputs_BT), states={}, values={})
-
-        def run_layer_and_keep(
-            model: tg.GPT, x: Any, layer: tg.LayerPlan, shared: Any, skips: list[Tensor]
-        ) -> Any:
-            x = run_layer(model, x, layer, shared, skips)
-            if layer.number in self.mudd_states:
-                shared.states[layer.number] = x
-            return x
-
-        def mix_in_states(
-            model: tg.GPT, x: Tensor, layer: tg.LayerPlan, shared: Any, skips: list[Tensor]
-        ) -> Tensor:
-            x = mix_in(model, x, layer, shared, skips)
-            row = layer.number - model.h.num_layers + self.mudd_layers
-            if row < 0:
-                return x
-
-            states = [shared.states[number] for number in self.mudd_states]
-            sources = [shared.embedded_BTD, *states, x]
-            shares = self.shares(model, x, row)
-            normed = [tg.rms_norm(source) for source in sources]
-            to_values = blend(shares[self.sources :], normed)
-            shared.values[layer.number] = layer.depth_scale * to_values
-            return x + blend(shares[: self.sources], sources)
-
-        def heads_of_mixed_values(
-            model: tg.GPT, normed_BTD: Tensor, layer: tg.LayerPlan, shared: Any
-        ) -> tuple[Tensor, Tensor, Tensor]:
-            q, k, v = heads(model, normed_BTD, layer, shared)
-            if layer.number in shared.values:
-                w_v = shared.qkv_CD[layer.number][-model.h.kv_dim :]
-                v = v + F.linear(shared.values[layer.number], w_v).view(v.shape)
-            return q, k, v
-
-        return [
-            Replacement(tg, "parameter_table", table),
-            Replacement(tg.GPT, "shared", shared_with_states),
-            Replacement(tg.GPT, "run_layer", run_layer_and_keep),
-            Replacement(tg.GPT, "mix_in", mix_in_states),
-            Replacement(tg.GPT, "heads", heads_of_mixed_values),
         ]
 
 
@@ -508,12 +301,7 @@ class Soap(NamedTuple):
 
 # Choice
 
-CANDIDATES: dict[str, Any] = {
-    "loops": Loops,
-    "lanes": Lanes,
-    "mudd": Mudd,
-    "soap": Soap,
-}
+CANDIDATES: dict[str, Any] = {"loops": Loops, "soap": Soap}
 OPTIONS = {  # variable -> the candidate whose option it is
     field.upper(): name for name, kind in CANDIDATES.items() for field in kind._fields
 }
@@ -522,12 +310,9 @@ OPTIONS = {  # variable -> the candidate whose option it is
 def parse_option(key: str, text: str, default: Any) -> Any:
     """`text` as what the default is.  Raises Mistake with the remedy."""
     with contextlib.suppress(ValueError):
-        if isinstance(default, tuple):
-            return tuple(int(part) for part in text.split(","))
         return type(default)(text)
-    names = {int: "a whole number", float: "a number", tuple: "whole numbers with commas between"}
-    shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
-    raise Mistake(f"{key}={text}: expected {names[type(default)]}; its default is {shown}")
+    names = {int: "a whole number", float: "a number"}
+    raise Mistake(f"{key}={text}: expected {names[type(default)]}; its default is {default}")
 
 
 def chosen(names: Sequence[str], overrides: Mapping[str, str]) -> list[Candidate]:
@@ -544,22 +329,6 @@ def chosen(names: Sequence[str], overrides: Mapping[str, str]) -> list[Candidate
         default = CANDIDATES[name]._field_defaults[key.lower()]
         values[name][key.lower()] = parse_option(key, text, default)
     return [CANDIDATES[name](**values[name]) for name in names]
-
-
-def check(candidates: Sequence[Candidate], h: tg.Hyperparameters) -> None:
-    """Raises Mistake for options that cannot run, alone or together."""
-    for candidate in candidates:
-        candidate.check(h)
-    kinds: dict[type, Any] = {type(candidate): candidate for candidate in candidates}
-    lanes = kinds.get(Lanes)
-    mudd = kinds.get(Mudd)
-    if lanes and mudd:
-        split = h.num_layers - lanes.lane_layers
-        require(
-            max(mudd.mudd_states, default=0) < split,
-            f"ON=lanes,mudd: MUDD_STATES must lie before layer {split}, where the lanes part; set "
-            "them or LANE_LAYERS",
-        )
 
 
 def install(candidates: Sequence[Candidate]) -> None:

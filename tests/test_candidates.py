@@ -45,13 +45,11 @@ from torch import Tensor
 sys.path.insert(0, str(REPO / "bench"))
 import ablate  # noqa: E402
 import candidates  # noqa: E402
-from candidates import Lanes, Loops, Mudd, Soap  # noqa: E402
+from candidates import Loops, Soap  # noqa: E402
 
 LOOPS = Loops(loop_first=1, loop_last=2)  # of the tiny model's 4 layers, 2 in each half
-LANES = Lanes(lane_layers=2)
-MUDD = Mudd(mudd_layers=2, mudd_states=(0, 1))
-ALL = [LOOPS, LANES, MUDD]
-SOAP = Soap(soap_sides=2)  # it changes the optimizer, the others the model
+SOAP = Soap(soap_sides=2)
+ALL = [LOOPS, SOAP]  # the one changes the model, the other the optimizer
 Install = Callable[..., None]
 
 
@@ -91,17 +89,13 @@ class Reference:
         self.value_embedding = w["ve_emb"][inputs] @ w["ve_proj"][0].T
         self.outputs: dict[int, Tensor] = {}  # of layers, by number
 
-    def behind_layer_1(self, w: Weights) -> Tensor:
-        return self.layer(w, self.layer(w, self.embedded, 0), 1)
-
     def enter(self, w: Weights, x: Tensor, number: int, skips: bool = True) -> Tensor:
         row = number - (self.h.num_layers - self.half)
         if skips and row >= 0:
             x = x + w["skip_weight"][row] * self.outputs[self.half - 1 - row]
         return w["resid_mix"][number, 0] * x + w["resid_mix"][number, 1] * self.embedded
 
-    def attention(self, w: Weights, x: Tensor, number: int, to_values: Any = 0.0) -> Tensor:
-        """`to_values` is added to what V is made from."""
+    def attention(self, w: Weights, x: Tensor, number: int) -> Tensor:
         h = self.h
         layers = h.num_layers
         seen = tg.rms_norm(x) / math.sqrt(number + 1)
@@ -113,7 +107,7 @@ class Reference:
         q = tg.apply_rotary(tg.rms_norm(heads(seen, w["qo_bank"][number])), table)
         k = tg.apply_rotary(tg.rms_norm(heads(seen, w["kv_bank"][number])), table)
         k = tg.shift_keys(k, h.rope_dims)
-        v = heads(seen + to_values, w["kv_bank"][layers + number])
+        v = heads(seen, w["kv_bank"][layers + number])
         if number >= layers - h.ve_layers:
             scale = w["ve_scale"][number - (layers - h.ve_layers)]
             v = v + scale * self.value_embedding.view(v.shape)
@@ -282,84 +276,6 @@ def test_graphs_of_one_order_are_not_used_for_another(
     plain = Run(h, tmp_path / "plain")
     run = CapturedRun(h, tmp_path / "graphs", monkeypatch)
     run.check(plain, set(itertools.product((4, 6), lengths)), replayed)
-
-
-# Lanes
-
-
-def test_lanes_are_read_and_written_as_routed(install: Install) -> None:
-    h = tiny()
-    install(LANES)
-    model = tiny_model(h, torch.float64)
-    w = weights_of(model)
-    inputs, _ = batch(h)
-    with in_float64(), torch.no_grad():
-        reference = Reference(h, w, inputs)
-        x = reference.behind_layer_1(w)
-        lanes = [x, x]
-        for number in (2, 3):
-            lanes = [reference.enter(w, lane, number) for lane in lanes]
-            outputs = [
-                reference.attention(w, lanes[0], number),
-                reference.feed_forward(w, lanes[1], number),
-            ]
-            route = w["lane_route"][number - 2]
-            for lane in (0, 1):
-                for source in (0, 1):
-                    lanes[lane] = lanes[lane] + route[source, lane] * outputs[source]
-        expected = (lanes[0] + lanes[1]) / 2
-        torch.testing.assert_close(model.final_hidden(inputs), expected, rtol=0, atol=1e-9)
-
-
-def test_lanes_start_with_more_of_each_output_in_its_own(install: Install) -> None:
-    install(LANES)
-    route = tg.initial_weights(tiny())["lane_route"]
-    own_and_other = torch.tensor([[1.3, 0.7], [0.7, 1.3]])
-    assert torch.equal(route, own_and_other.expand(2, 2, 2))
-
-
-# Dynamic dense connections
-
-
-def ref_mix(reference: Reference, w: Weights, x: Tensor, number: int) -> tuple[Tensor, Tensor]:
-    """What MUDD adds to the stream and to what V is made from."""
-    states = [reference.embedded, reference.outputs[0], reference.outputs[1], x]
-    row = number - 2
-    hidden = torch.nn.functional.gelu(tg.rms_norm(x) @ (0.2 * w["mudd_in"][row]).T)
-    shares = 0.1 * (hidden @ (0.2 * w["mudd_out"][row]).T + w["mudd_bias"][row])
-    assert shares.abs().mean() > 1e-2, "the mix is too small to be seen"
-    to_stream, to_values = torch.zeros_like(x), torch.zeros_like(x)
-    for i, state in enumerate(states):
-        to_stream += shares[..., i, None] * state
-        to_values += shares[..., 4 + i, None] * tg.rms_norm(state)
-    return to_stream, to_values / math.sqrt(number + 1)
-
-
-def test_shares_of_earlier_states_reach_stream_and_values(install: Install) -> None:
-    h = tiny()
-    install(MUDD)
-    model = tiny_model(h, torch.float64)
-    w = weights_of(model)
-    w["mudd_out"].normal_(generator=torch.Generator().manual_seed(3))
-    inputs, _ = batch(h)
-    with in_float64(), torch.no_grad():
-        reference = Reference(h, w, inputs)
-        x = reference.behind_layer_1(w)
-        for number in (2, 3):
-            x = reference.enter(w, x, number)
-            to_stream, to_values = ref_mix(reference, w, x, number)
-            x = x + to_stream
-            x = x + reference.attention(w, x, number, to_values)
-            x = x + reference.feed_forward(w, x, number)
-        torch.testing.assert_close(model.final_hidden(inputs), x, rtol=0, atol=1e-9)
-
-
-def test_mixing_costs_so_many_weights_without_a_grid(install: Install) -> None:
-    h = tg.Hyperparameters()
-    before, grids = h.parameters(), tg.export_grids(h)
-    install(Mudd())
-    assert h.parameters() - before == 2 * (64 * 512 + 8 * 64 + 8)
-    assert tg.export_grids(h) == grids
 
 
 # SOAP-Muon
@@ -606,69 +522,25 @@ def test_what_is_not_finite_leaves_weights_and_bases_whole(install: Install) -> 
 # All of them
 
 
-@pytest.mark.parametrize("added", [ALL, ALL[::-1]], ids=["all", "in another order"])
-def test_together_each_does_what_it_does_alone(added: list[Any], install: Install) -> None:
-    """A loop that leads back before the lanes joins them; the state of its last pass is mixed."""
+def test_before_its_loops_begin_a_trainer_has_the_model_without(install: Install) -> None:
     h = tiny()
-    install(*added)
-    model = tiny_model(h, torch.float64)
-    w = weights_of(model)
-    w["mudd_out"].normal_(generator=torch.Generator().manual_seed(3))
-    inputs, _ = batch(h)
-    order = [0, 1, 2, 1, 2, 3]
-    with in_float64(), torch.no_grad():
-        reference = Reference(h, w, inputs)
-        lanes = [reference.embedded] * 2
-        for i, number in enumerate(order):
-            skips = number not in order[i + 1 :]
-            if number < 2:
-                lanes = [reference.layer(w, (lanes[0] + lanes[1]) / 2, number, skips)] * 2
-                continue
-            lanes = [reference.enter(w, lane, number, skips) for lane in lanes]
-            to_stream, to_values = ref_mix(reference, w, lanes[0], number)
-            lanes = [lane + to_stream for lane in lanes]
-            attended = reference.attention(w, lanes[0], number, to_values)
-            fed = reference.feed_forward(w, lanes[1], number)
-            route = w["lane_route"][number - 2]
-            lanes = [lanes[i] + route[0, i] * attended + route[1, i] * fed for i in (0, 1)]
-        expected = (lanes[0] + lanes[1]) / 2
-        torch.testing.assert_close(model.final_hidden(inputs), expected, rtol=0, atol=1e-9)
-
-
-@pytest.mark.parametrize("added", [[MUDD], [LANES], [LOOPS]], ids=["mudd", "lanes", "loops"])
-def test_an_untrained_model_with_a_candidate_is_that_without(
-    added: list[Any], install: Install
-) -> None:
-    """Mixing starts at zero beside any weights; lanes need blocks that are the identity.
-
-    The trainer's model scores without loops at first.
-    """
-    h = tiny()
-    weights = tg.initial_weights(h) if added == [LANES] else tiny_weights(h)
+    weights = tiny_weights(h)
     inputs, targets = batch(h)
     expected = tg.GPT(h, weights, tg.Kernels())(inputs, targets)
-    before = tg.initial_weights(h)
-    install(*added)
-    start = tg.initial_weights(h)
-    assert all(torch.equal(start[name], weight) for name, weight in before.items())
-    if added == [LOOPS]:
-        model = new_trainer(h).model
-        model.load_state_dict(weights)
-    else:
-        model = tg.GPT(h, {**start, **weights}, tg.Kernels())
+    install(LOOPS)
+    model = new_trainer(h).model
+    model.load_state_dict(weights)
     torch.testing.assert_close(model(inputs, targets), expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("added", [ALL, ALL[::-1]], ids=["all", "in another order"])
-def test_short_sequences_stay_alone(added: list[Any], install: Install) -> None:
-    install(*added)
+def test_short_sequences_stay_alone(install: Install) -> None:
+    install(LOOPS)
     check_alone(tiny_model(tiny(), torch.float64), 8)
 
 
-@pytest.mark.parametrize("added", [[LANES], [MUDD], ALL], ids=["lanes", "mudd", "all"])
-def test_a_token_changes_no_loss_before_it(added: list[Any], install: Install) -> None:
+def test_a_token_changes_no_loss_before_it(install: Install) -> None:
     h = tiny()
-    install(*added)
+    install(LOOPS)
     model = tiny_model(h, torch.float64)
     inputs, targets = batch(h)
     with in_float64(), torch.no_grad():
@@ -682,16 +554,14 @@ def test_a_token_changes_no_loss_before_it(added: list[Any], install: Install) -
             assert abs(after[0, t] - before[0, t]) > 1e-6
 
 
-def test_every_parameter_is_trained(install: Install) -> None:
-    h = tiny()
-    install(*ALL)
-    trainer = new_trainer(h)
+@pytest.mark.parametrize("added", [ALL, ALL[::-1]], ids=["all", "in another order"])
+def test_every_parameter_is_trained(added: list[Any], install: Install) -> None:
+    install(*added)
+    trainer = new_trainer(tiny())
     before = trainer.stages()["trained"]
-    tokens = torch.randint(h.vocab_size, (8, 33), generator=torch.Generator().manual_seed(0))
-    for _ in range(3):  # W1 has a gradient when W2 is not zero any more, and so on
-        trainer.train_step(tokens, 1.0)
+    for _ in range(3):  # what feeds a weight that starts at 0 moves a step later
+        trainer.train_step(random_tokens(), 1.0)
     after = trainer.stages()["trained"]
-    assert {"lane_route", "mudd_in", "mudd_out", "mudd_bias"} <= after.keys()
     assert [name for name in before if torch.equal(before[name], after[name])] == []
 
 
@@ -700,7 +570,7 @@ def test_no_graph_is_compiled_on_the_clock(
 ) -> None:
     """With validations before and after the loops begin and the sequences grow, and late QAT."""
     h = tiny(**SCHEDULED | dict(val_loss_every=2, eval_stride=0, early_seq_len=16))
-    install(Loops(0, 0), Lanes(1), Mudd(1, (0,)), SOAP)
+    install(Loops(0, 0), SOAP)
     plain = Run(h, tmp_path / "plain")
     warm_up = tg.Trainer.warm_up
     with ExitStack() as stack:
@@ -743,24 +613,6 @@ def test_warm_up_leaves_every_state_bit_equal(added: list[Any], install: Install
     assert trainer.seq_len == 32
 
 
-def test_a_packed_model_comes_back_with_what_was_added(install: Install) -> None:
-    h = tiny()
-    install(*ALL)
-    weights = tiny_weights(h)
-    architecture, state = tg.unpack(tg.pack(weights, h, 1e-4))
-    assert architecture == tg.architecture_of(h)
-    assert state.keys() == weights.keys() == tg.parameter_table(h).keys()
-    for name in ("lane_route", "mudd_in", "mudd_out", "mudd_bias"):
-        assert torch.equal(state[name], weights[name].half().float()), name
-    inputs, targets = batch(h)
-    on_grids = {name: state[name] for name in tg.export_grids(h)}
-    expected, losses = (
-        tg.load_model(h, cpu_runtime(), w, tg.Kernels())(inputs, targets)
-        for w in (weights | on_grids, state)
-    )
-    torch.testing.assert_close(losses, expected, rtol=0, atol=5e-3)  # float16
-
-
 def steps_of(runtime: tg.Runtime) -> dict[str, Tensor]:
     """Losses of two steps without loops and two with them, and the weights that they leave.
 
@@ -782,9 +634,9 @@ def steps_of(runtime: tg.Runtime) -> dict[str, Tensor]:
 def test_two_ranks_train_what_one_does(tmp_path: Path, install: Install) -> None:
     done = completed(Path(__file__), tmp_path / "two.pt", ranks=2, OMP_NUM_THREADS=1)
     assert done.returncode == 0, done.stderr
-    install(*ALL, SOAP)
+    install(*ALL)
     one, two = steps_of(cpu_runtime()), torch.load(tmp_path / "two.pt", weights_only=True)
-    assert one.keys() == two.keys() and "mudd_in" in one
+    assert one.keys() == two.keys()
     for name, weight in one.items():
         torch.testing.assert_close(two[name], weight, rtol=1e-4, atol=2e-5, msg=name)
 
@@ -793,15 +645,12 @@ def test_two_ranks_train_what_one_does(tmp_path: Path, install: Install) -> None
 
 
 def test_candidates_and_their_options_are_read_from_a_variant() -> None:
-    variant = ablate.parse("x: ON=mudd,loops LOOP_FROM=0.5 MUDD_STATES=2,5 SEED=7 OFF=smear")
+    variant = ablate.parse("x: ON=soap,loops LOOP_FROM=0.5 SOAP_SIDES=2 SEED=7 OFF=smear")
     ablate.check(variant)
-    assert variant.on == [
-        Mudd(mudd_states=(2, 5)),
-        Loops(loop_from=0.5),
-    ]
+    assert variant.on == [Soap(soap_sides=2), Loops(loop_from=0.5)]
     assert variant.off == ["smear"]
     assert variant.environment["SEED"] == "7"
-    read = {"ON", "OFF", "LOOP_FROM", "MUDD_STATES"}
+    read = {"ON", "OFF", "LOOP_FROM", "SOAP_SIDES"}
     assert not read & variant.environment.keys()
     assert ablate.parse("base").on == []
 
@@ -809,23 +658,17 @@ def test_candidates_and_their_options_are_read_from_a_variant() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ("ON=loop", "unknown; choose of loops, lanes, mudd, soap"),
+        ("ON=loop", "unknown; choose of loops, soap"),
         ("ON=loops,loops", "loops twice"),
         ("ON=loops LOOP_FROM=half", "expected a number; its default is 0.35"),
         ("ON=loops LOOP_FIRST=1.5", "expected a whole number; its default is 3"),
-        ("ON=mudd MUDD_STATES=3;7", "whole numbers with commas between; its default is 3,7"),
-        ("ON=mudd LOOP_FROM=0.5", "an option of loops, which is off; add ON=loops"),
-        ("LANE_LAYERS=2", "an option of lanes, which is off"),
+        ("ON=soap LOOP_FROM=0.5", "an option of loops, which is off; add ON=loops"),
+        ("SOAP_SIDES=2", "an option of soap, which is off"),
         ("ON=loops LOOP_FORM=0.5", "LOOP_FORM=0.5: no setting; .* LOOP_FROM"),
         ("ON=loops LOOP_LAST=11", "expected layers of 0 to 10"),
         ("ON=loops LOOP_FIRST=5 LOOP_LAST=4", "expected layers of 0 to 10, in this order"),
         ("ON=loops LOOP_REPEATS=0", "expected 1 or more"),
         ("ON=loops LOOP_FROM=nan", "set it within 0 to 1"),
-        ("ON=lanes LANE_LAYERS=12", "expected 1 to 11"),
-        ("ON=mudd MUDD_STATES=3,9", "before the first that mixes, 9; set MUDD_STATES=3,6"),
-        ("ON=mudd MUDD_LAYERS=11", "expected 1 to 10"),
-        ("ON=mudd MUDD_SCALE=0", "above 0"),
-        ("ON=mudd,lanes LANE_LAYERS=4", "before layer 7, where the lanes part"),
         ("ON=soap SOAP_BETA=1", "SOAP_BETA=1.0: expected a decay between 0 and 1"),
         ("ON=soap SOAP_SIDES=3", "expected 1 or 2"),
     ],
@@ -854,22 +697,17 @@ def test_a_run_with_all_candidates_leaves_a_row(
     )
     for name, value in settings.items():
         monkeypatch.setenv(name, str(value))
-    settings_of_all = (
-        "ON=loops,lanes,mudd,soap LOOP_FIRST=1 LOOP_LAST=2 LANE_LAYERS=2 MUDD_STATES=0,1 "
-        "EARLY_SEQ_LEN=32"
-    )
+    settings_of_all = "ON=loops,soap LOOP_FIRST=1 LOOP_LAST=2 EARLY_SEQ_LEN=32"
     table = tmp_path / "TABLE.md"
     ablate.main([f"all (-0.01): {settings_of_all}"], table)
     (row,) = (line for line in table.read_text().splitlines() if line.startswith("| all"))
     assert "failed" not in row and f"| {settings_of_all} | -0.01 |" in row
     log = (tmp_path / "out/all/train.log").read_text()
     assert "\nloops:on step:3 " in log and "\nsequence_length:64 step:3 " in log
-    weights = torch.load(tmp_path / "out/all/final_model.pt", weights_only=True)["stages"]
-    assert {"lane_route", "mudd_in"} <= weights["averaged"].keys()
 
 
 if __name__ == "__main__":  # one of the ranks
-    candidates.install([*ALL, SOAP])
+    candidates.install(ALL)
     this = tg.Runtime.start(tiny(), os.environ)
     results = steps_of(this)
     if this.rank == 0:
