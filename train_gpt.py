@@ -376,6 +376,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         data_path="./data/datasets/fineweb_case_sp8192",
         tokenizer_path="./data/tokenizers/fineweb_case_8192_bpe.model",
         mlp_hidden=1536,
+        rope_dims=64,  # the other 64 dims of a head are shifted
         key_shift=1,
         gate_dims=12,
         # Most tokens are unlikely, so low logits get more room than high ones.  But for a constant,
