@@ -2230,7 +2230,8 @@ class Bank(NamedTuple):
         if runtime.world_size == 1:
             return grad, None
         missing = len(self.padded) - len(grad)
-        whole = F.pad(grad, (0, 0, 0, 0, 0, missing))
+        # Where none is missing, F.pad would copy the bank all the same.
+        whole = F.pad(grad, (0, 0, 0, 0, 0, missing)) if missing else grad.contiguous()
         shard = torch.empty_like(self.master, dtype=whole.dtype)
         return shard, reduce_scatter(shard, whole, async_op=True)
 
