@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import fork_server
 import numpy as np
 import sentencepiece
 import torch
@@ -208,13 +209,24 @@ RESULTS = ("train.log", "submission.json", "final_model.pt", "final_model.ptz")
 
 
 def launch(
-    script: Path, *arguments: object, ranks: int = 1, cwd: Path = REPO, **settings: object
+    script: Path,
+    *arguments: object,
+    ranks: int = 1,
+    cwd: Path = REPO,
+    fresh: bool = False,
+    **settings: object,
 ) -> subprocess.Popen[str]:
-    """A script as a user starts it: by torchrun if there are ranks, with these settings only."""
+    """A script as a user starts it: by torchrun if there are ranks, with these settings only.
+
+    A `fresh` process is a new interpreter, whose number is the returned one's; others are forked.
+    """
     kept = ("PATH", "HOME", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "PYENV_VERSION", "TMPDIR")
     environment = {name: os.environ[name] for name in kept if name in os.environ}
     environment |= {name: str(value) for name, value in settings.items()}
-    command = [sys.executable]
+    python = sys.executable
+    if not fresh and "PYTHONPATH" not in settings:
+        python = environment["PYTHON_EXEC"] = str(fork_server.interpreter())  # torchrun's ranks
+    command = [python]
     if ranks > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     command += [str(script), *map(str, arguments)]

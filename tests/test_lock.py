@@ -49,7 +49,8 @@ def started(
     data: Data, out: Path, ranks: int = 1, script: Path = SCRIPT, **settings: Any
 ) -> subprocess.Popen[str]:
     """A run in the folder that has logged its first step and would go on for hours."""
-    process = launch(script, ranks=ranks, cwd=out, **environment(data, out, **LONG | settings))
+    mine: dict[str, Any] = environment(data, out, **LONG | settings)
+    process = launch(script, ranks=ranks, cwd=out, fresh=True, **mine)
     assert process.stdout
     for line in process.stdout:
         if line.startswith("step:1/"):
@@ -122,7 +123,7 @@ def test_a_relative_path_and_a_link_are_the_same_folder(data: Data, tmp_path: Pa
 def test_of_one_command_started_thrice_one_run_ends_whole(data: Data, tmp_path: Path) -> None:
     """As where a process is started for every GPU, and torchrun is forgotten."""
     mine: dict[str, Any] = environment(data, tmp_path, **LONG | dict(ON_INTERRUPT="finish"))
-    processes = [launch(SCRIPT, cwd=tmp_path, **mine) for _ in range(3)]
+    processes = [launch(SCRIPT, cwd=tmp_path, fresh=True, **mine) for _ in range(3)]
     patience = time.monotonic() + HANG
     while sum(process.poll() is None for process in processes) > 1:
         assert time.monotonic() < patience

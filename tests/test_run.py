@@ -120,7 +120,8 @@ class Runs:
         def wait_and_run() -> Finished:
             if after:
                 self.queued[after].result()
-            process = launch(script, ranks=ranks, cwd=self.folder, **mine)
+            fresh = strike is not None  # whose number is that of the run
+            process = launch(script, ranks=ranks, cwd=self.folder, fresh=fresh, **mine)
             begun = strike_at_step_4(process, strike) if strike else ""
             return outcome(wait_for(process), begun, Path(str(mine["OUTPUT_DIR"])))
 
