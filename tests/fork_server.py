@@ -28,7 +28,7 @@ from pathlib import Path
 
 INT = 4  # bytes of a number between the two
 CLIENT = """\
-import os, signal, socket, sys
+import os, select, signal, socket, sys
 signals = [signal.SIGHUP, signal.SIGINT, signal.SIGTERM]
 signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # until they can be passed on
 server = socket.socket(socket.AF_UNIX)
@@ -36,18 +36,30 @@ server.connect({address!r})
 request = repr((sys.argv[1:], dict(os.environ), os.getcwd())).encode()
 socket.send_fds(server, [len(request).to_bytes({INT}, "big")], [0, 1, 2])
 server.sendall(request)
-process = int.from_bytes(server.recv({INT}), "big")
 
-def pass_on(number, _):
-    try:
-        os.kill(process, number)
-    except ProcessLookupError:
-        pass
+def received():
+    number = server.recv({INT})
+    if not number:
+        sys.exit("the fork server has gone")
+    return int.from_bytes(number, "big", signed=True)
 
+process = received()
+caught, written = socket.socketpair()
+written.setblocking(False)
+signal.set_wakeup_fd(written.fileno())  # a handler would not run while select waits
 for number in signals:
-    signal.signal(number, pass_on)
+    signal.signal(number, lambda *_: None)
 signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
-status = int.from_bytes(server.recv({INT}), "big", signed=True)
+ready = []
+while server not in ready:
+    ready, _, _ = select.select([server, caught], [], [])
+    if caught in ready:
+        for number in caught.recv(64):
+            try:
+                os.kill(process, number)
+            except ProcessLookupError:
+                pass
+status = received()
 if status < 0:  # it was ended by a signal: so is this process
     if -status != signal.SIGKILL:
         signal.signal(-status, signal.SIG_DFL)
@@ -119,7 +131,7 @@ def next_request(address: str) -> tuple[list[str], dict[str, str], str]:
 
 def watch(process: int, client: socket.socket) -> None:
     """Tells the client how the process ends; a process whose client was killed is killed, too."""
-    client.sendall(process.to_bytes(INT, "big"))
+    client.sendall(process.to_bytes(INT, "big", signed=True))
     ended = os.pidfd_open(process)
     ready, _, _ = select.select([ended, client], [], [])
     if ended not in ready:

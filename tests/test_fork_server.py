@@ -1,6 +1,5 @@
 """A process of tests/fork_server.py starts and ends as one of a new interpreter does."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -66,10 +65,11 @@ def test_a_module_starts_as_a_new_interpreters(tmp_path: Path) -> None:
 
 def waiting(folder: Path) -> tuple[subprocess.Popen[str], int]:
     """A process that waits, and the number of what was forked for it."""
-    (folder / "wait.py").write_text("import os, time\nprint(os.getpid(), flush=True)\ninput()\n")
+    script = f"import os, time\nprint(os.getpid(), flush=True)\ntime.sleep({HANG})\n"
+    (folder / "wait.py").write_text(script)
     pipe = subprocess.PIPE
     command = [str(interpreter()), "wait.py"]
-    process = subprocess.Popen(command, cwd=folder, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+    process = subprocess.Popen(command, cwd=folder, stdout=pipe, stderr=pipe, text=True)
     assert process.stdout
     return process, int(process.stdout.readline())
 
@@ -93,4 +93,3 @@ def test_it_is_killed_with_what_stands_for_it(tmp_path: Path) -> None:
         assert time.monotonic() < patience
         time.sleep(0.01)
     assert process.returncode == -signal.SIGKILL
-    assert os.getpid() != forked
