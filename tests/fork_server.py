@@ -74,7 +74,8 @@ def interpreter() -> Path:
     folder = tempfile.TemporaryDirectory()
     address = f"{folder.name}/socket"
     client = Path(folder.name, "python")
-    client.write_text(f"#!{sys.executable} -IS\n" + CLIENT.format(address=address, INT=INT))
+    start = f'#!/usr/bin/env -S "{sys.executable}" -IS\n'  # whose path may have spaces
+    client.write_text(start + CLIENT.format(address=address, INT=INT))
     client.chmod(0o700)
     command = [sys.executable, __file__, address]
     kept = ("PATH", "HOME", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "TMPDIR")
