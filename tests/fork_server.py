@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ast
 import atexit
+import contextlib
 import functools
 import gc
 import io
@@ -23,6 +24,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import types
 from pathlib import Path
 
@@ -68,14 +70,23 @@ os._exit(status)
 """
 
 
-@functools.cache
+starting = threading.Lock()  # tests call from several threads; one server is enough
+
+
 def interpreter() -> Path:
     """The executable.  Its server starts with the first call and ends with this process."""
+    with starting:
+        return start()
+
+
+@functools.cache
+def start() -> Path:
+    """Starts the server: the executable."""
     folder = tempfile.TemporaryDirectory()
     address = f"{folder.name}/socket"
     client = Path(folder.name, "python")
-    start = f'#!/usr/bin/env -S "{sys.executable}" -IS\n'  # whose path may have spaces
-    client.write_text(start + CLIENT.format(address=address, INT=INT))
+    first_line = f'#!/usr/bin/env -S "{sys.executable}" -IS\n'  # whose path may have spaces
+    client.write_text(first_line + CLIENT.format(address=address, INT=INT))
     client.chmod(0o700)
     command = [sys.executable, __file__, address]
     kept = ("PATH", "HOME", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "TMPDIR")
@@ -130,21 +141,24 @@ def next_request(address: str) -> tuple[list[str], dict[str, str], str]:
     return request
 
 
+def tell(client: socket.socket, number: int) -> None:
+    with contextlib.suppress(OSError):  # it may have gone
+        client.sendall(number.to_bytes(INT, "big", signed=True))
+
+
 def watch(process: int, client: socket.socket) -> None:
     """Tells the client how the process ends; a process whose client was killed is killed, too."""
-    client.sendall(process.to_bytes(INT, "big", signed=True))
+    tell(client, process)
     ended = os.pidfd_open(process)
     ready, _, _ = select.select([ended, client], [], [])
     if ended not in ready:
         os.kill(process, signal.SIGKILL)
     _, status = os.waitpid(process, 0)
-    code = os.waitstatus_to_exitcode(status)
-    try:
-        client.sendall(code.to_bytes(INT, "big", signed=True))
-    finally:
-        os._exit(0)
+    tell(client, os.waitstatus_to_exitcode(status))
+    os._exit(0)
 
 
+# The script runs at this module's top level: so Python itself ends the process by what it raises.
 if __name__ == "__main__":
     import torch.distributed.run  # noqa: F401
 

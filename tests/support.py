@@ -7,7 +7,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -212,13 +212,16 @@ def launch(
     script: Path,
     *arguments: object,
     ranks: int = 1,
+    torchrun: Sequence[str] = (),
     cwd: Path = REPO,
     fresh: bool = False,
     **settings: object,
 ) -> subprocess.Popen[str]:
-    """A script as a user starts it: by torchrun if there are ranks, with these settings only.
+    """A script as a user starts it, with these settings only.
 
-    A `fresh` process is a new interpreter, whose number is the returned one's; others are forked.
+    torchrun starts it, with the options `torchrun`, if there are any or if there are ranks.  A
+    process is forked from the fork server's, unless it is to be `fresh`: then the number of the
+    returned one is its own.  PYTHONPATH needs a fresh one, as Python reads it when it starts.
     """
     kept = ("PATH", "HOME", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "PYENV_VERSION", "TMPDIR")
     environment = {name: os.environ[name] for name in kept if name in os.environ}
@@ -228,7 +231,9 @@ def launch(
         python = environment["PYTHON_EXEC"] = str(fork_server.interpreter())  # torchrun's ranks
     command = [python]
     if ranks > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        torchrun = ["--standalone", f"--nproc_per_node={ranks}"]
+    if torchrun:
+        command += ["-m", "torch.distributed.run", *torchrun]
     command += [str(script), *map(str, arguments)]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, env=environment, cwd=cwd, stdout=pipe, stderr=pipe, text=True)

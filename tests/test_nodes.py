@@ -1,16 +1,14 @@
 """Two nodes, each with an environment, a disk and signals of its own."""
 
-import os
 import signal
 import socket
 import subprocess
 from pathlib import Path
 from typing import Any
 
-import fork_server
 import pytest
 from small_run import data_in, environment, program
-from support import HANG, REPO, cpu_runtime, refusal, tiny, train_gpt, write_shard
+from support import HANG, REPO, cpu_runtime, launch, refusal, tiny, train_gpt, write_shard
 
 Node = subprocess.Popen[str]
 
@@ -27,15 +25,10 @@ def nodes(script: Path, *settings: dict[str, object]) -> list[Node]:
         port = free.getsockname()[1]
     started = []
     for number, own in enumerate(settings):
-        python = str(fork_server.interpreter())
-        command = [python, "-m", "torch.distributed.run", f"--nnodes={len(settings)}"]
-        command += ["--nproc_per_node=1", f"--node_rank={number}", "--master_addr=127.0.0.1"]
-        command += [f"--master_port={port}", str(script)]
-        variables = {name: str(value) for name, value in own.items()}
-        variables |= {"PATH": os.environ["PATH"], "PYTHON_EXEC": python}
-        pipe = subprocess.PIPE
-        node = subprocess.Popen(command, env=variables, stdout=pipe, stderr=pipe, text=True)
-        started.append(node)
+        torchrun = [f"--nnodes={len(settings)}", "--nproc_per_node=1", f"--node_rank={number}"]
+        torchrun += ["--master_addr=127.0.0.1", f"--master_port={port}"]
+        mine: dict[str, Any] = own
+        started.append(launch(script, torchrun=torchrun, **mine))
     return started
 
 

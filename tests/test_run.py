@@ -120,7 +120,7 @@ class Runs:
         def wait_and_run() -> Finished:
             if after:
                 self.queued[after].result()
-            fresh = strike is not None  # whose number is that of the run
+            fresh = strike is not None  # a strike needs the process number of the run itself
             process = launch(script, ranks=ranks, cwd=self.folder, fresh=fresh, **mine)
             begun = strike_at_step_4(process, strike) if strike else ""
             return outcome(wait_for(process), begun, Path(str(mine["OUTPUT_DIR"])))
