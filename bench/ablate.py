@@ -89,11 +89,6 @@ def same_depth_scale(index: int) -> float:
     return 1.0
 
 
-def gentle_depth_scale(index: int) -> float:
-    """Of the last of 11 layers 0.55, where the full one is 0.30."""
-    return (index + 1) ** -0.25
-
-
 def no_value_embedding(v_BTKE: Tensor, ve_BTC: Tensor, scale: Tensor) -> Tensor:
     return with_unused(v_BTKE, ve_BTC, scale)
 
@@ -156,7 +151,6 @@ TECHNIQUES = {  # what each is left out by
     "smear_by_token": Replacement(tg, "smear_factor", same_smear_factor),
     "smear_bos_mask": Replacement(tg, "has_previous", has_previous_in_window),
     "depth_scale": Replacement(tg, "depth_scale", same_depth_scale),
-    "full_depth_scale": Replacement(tg, "depth_scale", gentle_depth_scale),
     "value_embedding": Replacement(tg, "add_value_embedding", no_value_embedding),
     "unet_skips": Replacement(tg.GPT, "mix_in", mix_in_no_skip),
     "normuon": Replacement(tg, "normalize_neurons", neurons_as_they_are),

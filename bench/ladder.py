@@ -202,8 +202,6 @@ DESIGN = [
     Row("D", "ROPE_DIMS=96", -0.0025, "between 64 and 128"),
     Row("A", "ROPE_DIMS=96", -0.003, "between D -0.0032 and 300 steps -0.0089, of 128"),
     Row("A", "ROPE_BASE=100000", 0.001, "D +0.0014"),
-    Row("D", "OFF=full_depth_scale", 0, "none +0.0045, but -0.0080 after 300 steps"),
-    Row("A", "OFF=full_depth_scale", -0.002, "none -0.0080 after 300 steps"),
     Row("A", "MUON_MOMENTUM_WARMUP_STEPS=80", 0.001, "without any +0.002 after 1,600 steps"),
     Row("A", "MUON_MOMENTUM=0.97 MUON_MOMENTUM_WARMUP_STEPS=80", 0.004, "more steps at 0.97"),
     Row("C", "MUON_MOMENTUM=0.97 MATRIX_LR=0.042", 0, "sum of +0.001 and -0.002, and a bit"),

@@ -23,7 +23,7 @@ PAGES = sorted([REPO / "README.md", *(REPO / "docs").glob("*.md")])
 LOG = (REPO / "train.log").read_text()
 SUBMISSION: dict[str, Any] = json.loads((REPO / "submission.json").read_text())
 RECORDS = [REPO, REPO / "runs/frontier"]  # folders of several seeds
-OLDER = [REPO / "runs/card_whole", REPO / "runs/frontier_whole"]
+OLDER = [REPO / f"runs/{name}" for name in ("card_whole", "frontier_whole", "frontier_rope_32")]
 # What that run overrides
 P_TIME = {
     "train_batch_tokens": 98_304,
