@@ -2,13 +2,16 @@
 
     torchrun --standalone --nproc_per_node=8 bench/scaling.py [TIMED_STEPS]   # 20; 0: losses only
 
-Three trainers, one after the other: all ranks together on the global batch; every rank by itself,
-as if there were no others, on its share of that batch; and every rank by itself on all of it.  The
-first and the last train the same 20 batches of the run, so their losses differ by rounding alone
-(bfloat16 gradients, summed by ranks or by micro-batches).  All steps are on whole sequences, unlike
-a run's first ones.  Times are medians of TIMED_STEPS steps in a row, host-side agreement on the
-clock included.  On GPUs a trace of rank 0 then tells which kernels the ranks add, and how long none
-runs.  Environment variables override hyperparameters as they do for train_gpt.py.
+Three trainers: all ranks together on the global batch; every rank by itself, as if there were no
+others, on its share of that batch; and every rank by itself on all of it.  The first and the last
+train the same 20 batches of the run, so their losses differ by rounding alone (bfloat16 gradients,
+summed by ranks or by micro-batches).  All steps are on whole sequences, unlike a run's first ones.
+
+The first two are timed in turn, ROUNDS times each: a GPU that warms up slows down by more than
+ranks cost (67.5 to 69.6 ms within seconds, docs/RESULTS.md).  A time is the median of TIMED_STEPS
+steps in a row, host-side agreement on the clock included.  On GPUs a trace of rank 0 then tells
+which kernels the ranks add, and how long none runs.  Environment variables override hyperparameters
+as they do for train_gpt.py.
 """
 
 from __future__ import annotations
@@ -16,10 +19,12 @@ from __future__ import annotations
 import dataclasses
 import gc
 import os
+import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -33,6 +38,7 @@ import train_gpt as tg
 from prepare_data import with_sample
 
 COMPARED = 20  # first steps, whose losses are compared
+ROUNDS = 5  # times in turn
 RUN = 8000  # steps of a run, about
 NO_KERNEL = "(no kernel runs)"
 
@@ -80,11 +86,8 @@ class Steps:
         tokens = self.batch(COMPARED)
         return lambda: self.step(tokens, COMPARED)
 
-    def both(self, timed: int) -> dict[str, float]:
-        """Milliseconds a step without and with late QAT, which is on from now on."""
-        plain = self.milliseconds(timed)
+    def start_late_qat(self) -> None:
         self.trainer.optimizer.start_late_qat(self.trainer.weight_bytes())
-        return {"step": plain, "step, late QAT": self.milliseconds(timed)}
 
 
 def on_all(value: float, ranks: int) -> list[float]:
@@ -95,22 +98,45 @@ def on_all(value: float, ranks: int) -> list[float]:
     return values
 
 
-def report_times(
-    log: tg.RunLog,
-    h: tg.Hyperparameters,
-    together: dict[str, float],
-    mine: dict[str, float],
-    ranks: int,
-) -> None:
-    """together: milliseconds of all ranks; mine: of this rank alone on its share."""
-    for kind, ms in together.items():
-        alone = on_all(mine[kind], ranks)
-        log(
-            f"{kind}: {ms:.2f} ms on {ranks} ranks, {h.train_batch_tokens} tokens; "
-            f"{h.train_batch_tokens // ranks} tokens on each rank alone: "
-            f"{', '.join(f'{value:.2f}' for value in alone)} ms; "
-            f"overhead over the slowest {ms - max(alone):+.2f} ms"
-        )
+class Round(NamedTuple):
+    """Milliseconds a step."""
+
+    together: float
+    alone: list[float]  # by rank
+
+    @property
+    def overhead(self) -> float:
+        """Over the slowest, which the others wait for when together."""
+        return self.together - max(self.alone)
+
+
+def timed_in_turn(together: Steps, alone: Steps, timed: int) -> list[Round]:
+    """Rounds of `timed` steps each, first all ranks together, then each by itself.
+
+    Nobody is alone while others are still together: the ranks wait for each other in between.
+    """
+    runtime = together.runtime
+    rounds = []
+    for _ in range(ROUNDS):
+        ours = together.milliseconds(timed)
+        runtime.agree_on(None)
+        mine = alone.milliseconds(timed)
+        rounds.append(Round(ours, on_all(mine, runtime.world_size)))
+    return rounds
+
+
+def report_times(log: tg.RunLog, kind: str, rounds: Sequence[Round], tokens: int) -> None:
+    """tokens: of a step together.  The overhead is that of the middle round, with its range."""
+    ranks = len(rounds[0].alone)
+    together = statistics.median(r.together for r in rounds)
+    alone = [statistics.median(times) for times in zip(*(r.alone for r in rounds), strict=True)]
+    overheads = [r.overhead for r in rounds]
+    log(
+        f"{kind}: {together:.2f} ms on {ranks} ranks, {tokens} tokens; {tokens // ranks} tokens on "
+        f"each rank alone: {', '.join(f'{ms:.2f}' for ms in alone)} ms; overhead over the slowest, "
+        f"{len(rounds)} times in turn: {statistics.median(overheads):+.2f} ms "
+        f"({min(overheads):+.2f} to {max(overheads):+.2f})"
+    )
 
 
 def report_kernels(log: tg.RunLog, together: dict[str, float], alone: dict[str, float]) -> None:
@@ -138,31 +164,23 @@ def main(timed: int) -> None:
     alone = dataclasses.replace(runtime, rank=0, world_size=1)
     log = tg.RunLog(Path(os.devnull) if runtime.rank == 0 else None)
     kernels = tg.choose_kernels(h, runtime, log)
-    together: dict[str, float] = {}
-    mine: dict[str, float] = {}
 
-    steps = Steps(h, runtime, kernels)
-    losses = steps.losses()
-    traces: list[dict[str, float]] = []
+    together = Steps(h, runtime, kernels)
+    losses = together.losses()
     if timed:
-        traces.append(steps.kernels())
-        together = steps.both(timed)
-        del steps  # a trainer's CUDA graphs hold its memory
-        gc.collect()
-        runtime.agree_on(None)  # nobody is alone while others are still together
         share = dataclasses.replace(h, train_batch_tokens=h.train_batch_tokens // ranks)
-        steps = Steps(share, alone, kernels)
-        traces.append(steps.kernels())
-        mine = steps.both(timed)
-    del steps
-    gc.collect()
-    runtime.agree_on(None)
-    expected = Steps(h, alone, kernels).losses()
-
-    report_times(log, h, together, mine, ranks)
-    if traces:
+        mine = Steps(share, alone, kernels)
+        tokens = h.train_batch_tokens
+        report_times(log, "step", timed_in_turn(together, mine, timed), tokens)
+        traces = together.kernels(), mine.kernels()
+        together.start_late_qat()
+        mine.start_late_qat()
+        report_times(log, "step, late QAT", timed_in_turn(together, mine, timed), tokens)
         report_kernels(log, *traces)
-    report_losses(log, losses, expected, ranks)
+        del mine
+    del together  # a trainer's CUDA graphs hold its memory
+    gc.collect()
+    report_losses(log, losses, Steps(h, alone, kernels).losses(), ranks)
     if runtime.on_cuda:
         log(f"peak memory: {torch.cuda.max_memory_reserved() / 2**30:.1f} GiB")
     if dist.is_initialized():
