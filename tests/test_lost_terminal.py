@@ -234,6 +234,7 @@ def test_weights_that_do_not_fit_do_not_end_the_run(
     result = run_here(data, tmp_path)
     log = (tmp_path / "train.log").read_text()
     assert "note: the weights could not be saved (No space left on device)" in log
+    assert f"note: {tmp_path}/final_model.pt" not in log, "there is none of an earlier run"
     assert result.bytes_model == (tmp_path / "final_model.ptz").stat().st_size > 0
     assert not list(tmp_path.glob("*.pt"))
 

@@ -5,7 +5,7 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -333,6 +333,25 @@ def test_a_checkpoint_of_an_older_version_is_refused(
     message = refusal(lambda: resume(tmp_path / "older.pt", tmp_path / "out"))
     assert f"RESUME_FROM={tmp_path}/older.pt: not the final_model.pt" in message
     assert not (tmp_path / "out").exists()
+
+
+class Opens(NamedTuple):
+    """A pickle that makes a file of this name when it is read."""
+
+    path: str
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open, (self.path, "w")
+
+
+def test_a_checkpoint_cannot_run_code(frontier: Path, tmp_path: Path) -> None:
+    saved = torch.load(frontier / "final_model.pt", weights_only=True)
+    torch.save(saved | {"more": Opens(str(tmp_path / "made"))}, tmp_path / "bad.pt")
+    message = refusal(lambda: resume(tmp_path / "bad.pt", tmp_path / "out"))
+    assert f"RESUME_FROM={tmp_path}/bad.pt: not the final_model.pt" in message
+    assert not (tmp_path / "made").exists()
+    torch.load(tmp_path / "bad.pt", weights_only=False)
+    assert (tmp_path / "made").exists(), "what the test refuses is harmless"
 
 
 @pytest.mark.parametrize("name", ["early_fraction", "matrix_lr", "later_setting"])

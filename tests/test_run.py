@@ -365,9 +365,11 @@ def test_bits_per_byte_follow_from_the_loss_and_the_text(finished: Get, runs: Ru
 
 def test_the_log_has_the_lines_of_the_challenge(finished: Get) -> None:
     log = finished("one").log
-    train = r"step:(\d+)/12 train_loss:\d+\.\d{4} train_time:\d+ms step_avg:\d+\.\d\dms"
-    steps = [int(m[1]) for line in log if (m := re.fullmatch(train, line))]
-    assert steps == [*range(1, 11), 12]
+    train = r"step:(\d+)/12 train_loss:\d+\.\d{4} train_time:(\d+)ms step_avg:(\d+\.\d\d)ms"
+    steps = [m for line in log if (m := re.fullmatch(train, line))]
+    assert [int(step[1]) for step in steps] == [*range(1, 11), 12]
+    for step in steps:  # train_time is rounded to a millisecond
+        assert float(step[3]) * int(step[1]) == pytest.approx(int(step[2]), abs=0.6)
     val = (
         r"step:(\d+)/12 val_loss:\d+\.\d{4} val_bpb:\d+\.\d{4} "
         r"train_time:\d+ms step_avg:\d+\.\d\dms"

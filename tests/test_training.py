@@ -705,6 +705,15 @@ def test_the_facts_hold_the_grid_step_that_late_qat_trained_on(tmp_path: Path) -
     assert Run(tiny(iterations=3, qat_threshold=0.0), tmp_path).facts.grid_step == 0.0
 
 
+def test_late_qat_gets_what_code_and_float16_leave_of_the_cap() -> None:
+    h = tiny(artifact_bytes=1_000_000)
+    table = train_gpt.parameter_table(h).values()
+    in_float16 = sum(math.prod(row.shape) for row in table if row.grid is None)
+    left = 1_000_000 - train_gpt.SOURCE.stat().st_size - 2 * in_float16
+    assert new_trainer(h).weight_bytes() == pytest.approx(left / 1.013)
+    assert 0 < in_float16 < h.parameters() / 3
+
+
 # A loss that is not finite
 
 
