@@ -371,6 +371,14 @@ def test_each_attempt_is_logged_with_its_size() -> None:
     assert any(f"packed_bytes:{len(blob)} " in line for line in lines)
 
 
+@pytest.mark.parametrize(("budget", "most"), [(16_000, 5), (20_000, 5), (60_000, 1)])
+def test_the_attempts_end_with_the_first_that_is_full_or_the_finest(budget: int, most: int) -> None:
+    """At full size one takes seconds."""
+    lines: list[str] = []
+    pack_to_budget(state(), H, budget, lines.append)
+    assert len(lines) <= most
+
+
 def test_the_entropy_in_the_log_is_that_of_the_codes() -> None:
     lines: list[str] = []
     pack_to_budget(state(), H, 20_000, lines.append)
@@ -440,6 +448,7 @@ def test_a_grid_that_does_not_fit_gives_way_to_the_average_on_another() -> None:
 
 
 def test_without_late_qat_the_average_fills_the_budget() -> None:
+    assert train_gpt.with_blend(STAGES, H, 0.0) == STAGES, "there is no blend to score"
     blob, lines = packed_stages(0.0, 20_000)
     assert blob == packed(STAGES["averaged"], 20_000)
     assert not any("does not fit" in line for line in lines)
