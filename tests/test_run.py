@@ -379,6 +379,17 @@ def test_the_log_has_the_lines_of_the_challenge(finished: Get) -> None:
     assert sum(bool(re.fullmatch(final, line)) for line in log) == 1
 
 
+def test_the_log_tells_what_was_trained(finished: Get) -> None:
+    """By it alone a maintainer sees seconds, data, program and that nothing was compiled."""
+    run = finished("one")
+    (line,) = (line for line in run.log if line.startswith("training "))
+    facts = dict(field.split(":") for field in line.split()[1:])
+    keys = ("step_stop", "wallclock_seconds", "qat_steps", "swa_steps", "train_tokens",
+            "train_digest", "code_sha256", "graphs_compiled_on_clock", "interrupted")  # fmt: skip
+    assert {key: facts[key] for key in keys} == {key: str(run.report[key]) for key in keys}
+    assert facts["seed"] == "1337" and facts["graphs_compiled_on_clock"] == "0"
+
+
 def test_the_last_line_holds_score_and_size(finished: Get) -> None:
     run = finished("one")
     report = run.report
