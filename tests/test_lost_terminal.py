@@ -425,6 +425,9 @@ def test_a_hangup_in_training_may_finish_the_run(
     result = run_here(data, tmp_path, on_interrupt="finish")
     assert result.facts and result.facts.step_stop == 3 and result.facts.interrupted
     check_whole(tmp_path)
+    saved = tmp_path / "final_model.partial.pt"  # its name until the run has ended
+    log = (tmp_path / "train.log").read_text()
+    assert f"note: RESUME_FROM={saved} scores it if this run is ended as well" in log
 
 
 @pytest.mark.usefixtures("own_signals")

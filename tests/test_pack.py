@@ -462,6 +462,14 @@ def test_a_last_iterate_that_is_not_finite_is_refused() -> None:
     assert "mlp_bank is not finite" in message
 
 
+def test_a_blend_of_exactly_the_budget_does_not_fit() -> None:
+    """The cap is a size that a submission must stay below."""
+    blob, _ = packed_stages(STEP, 10**6)
+    assert packed_stages(STEP, len(blob) + 1)[0] == blob
+    smaller, lines = packed_stages(STEP, len(blob))
+    assert len(smaller) < len(blob) and any("does not fit" in line for line in lines)
+
+
 @given(share=st.floats(0, 1), budget=st.integers(9_000, 60_000))
 @settings(max_examples=15, deadline=None)
 def test_no_blend_is_over_its_budget(share: float, budget: int) -> None:
