@@ -379,6 +379,23 @@ def test_the_attempts_end_with_the_first_that_is_full_or_the_finest(budget: int,
     assert len(lines) <= most
 
 
+def test_every_attempt_that_is_too_large_doubles_what_stays_free(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    targets: list[float] = []
+
+    def grid_step(size_of: object, target: float) -> float:
+        targets.append(target)
+        return 0.01
+
+    monkeypatch.setattr(train_gpt, "fit_grid_step", grid_step)
+    monkeypatch.setattr(train_gpt, "pack_trial", lambda *_: (bytes(16_000), 15_000.0))
+    message = support.refusal(pack_to_budget, state(), H, 16_000, print)
+    assert "nothing fits 16000 bytes" in message
+    free = [15_000 - target for target in targets[1:]]  # the first one guesses zstd's overhead
+    assert free == pytest.approx([8.0 * 2**attempt for attempt in range(1, 12)])
+
+
 def test_the_entropy_in_the_log_is_that_of_the_codes() -> None:
     lines: list[str] = []
     pack_to_budget(state(), H, 20_000, lines.append)

@@ -377,6 +377,8 @@ def test_the_log_has_the_lines_of_the_challenge(finished: Get) -> None:
     assert [m[1] for line in log if (m := re.fullmatch(val, line))][:1] == ["6"]
     final = r"final_int6_zstd_roundtrip_exact val_loss:\d+\.\d{8} val_bpb:\d+\.\d{8}.*"
     assert sum(bool(re.fullmatch(final, line)) for line in log) == 1
+    packing = r"pack_time:\d+\.\ds, from the weights alone: no token was read"
+    assert sum(bool(re.fullmatch(packing, line)) for line in log) == 1
     assert sum(bool(re.fullmatch(r"peak_gpu_memory:\d+\.\d\dGiB", line)) for line in log) == 1
 
 
