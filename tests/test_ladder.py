@@ -511,8 +511,8 @@ def test_the_law_of_one_value_is_told_for_every_size(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = planted_records()
-    for row in rows:  # beyond its noise, so that the law without G is another one
-        row["averaged"] += 0.001 * (row["id"] == "G MUON_MOMENTUM=0.97")
+    (row,) = (row for row in rows if row["id"] == "G MUON_MOMENTUM=0.97")
+    row["averaged"] += 0.001  # beyond its noise, so that the law without G is another one
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(old) + "\n" for old in rows))
     ladder.main(["fit", "--rows", str(file), "--change", "MUON_MOMENTUM=0.97"])
