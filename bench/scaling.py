@@ -8,16 +8,19 @@ train the same 20 batches of the run, so their losses differ by rounding alone (
 summed by ranks or by micro-batches).  All steps are on whole sequences, unlike a run's first ones.
 
 The first two are timed in turn, ROUNDS times each: a GPU that warms up slows down by more than
-ranks cost (67.5 to 69.6 ms within seconds, docs/RESULTS.md).  A time is the median of TIMED_STEPS
-steps in a row, host-side agreement on the clock included.  On GPUs a trace of rank 0 then tells
-which kernels the ranks add, and how long none runs.  Environment variables override hyperparameters
-as they do for train_gpt.py.
+ranks cost (67.5 to 69.6 ms within seconds, docs/RESULTS.md).  Timed steps have the same tokens of
+the rank and move no weight, so that together and alone the values are alike: near its power limit
+a GPU's clock depends on what it multiplies.  A time is the median of TIMED_STEPS steps in a row,
+host-side agreement on the clock included.  On GPUs a trace of rank 0 then tells which kernels the
+ranks add, and how long none runs.  Environment variables override hyperparameters as they do for
+train_gpt.py.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import gc
+import itertools
 import os
 import statistics
 import sys
@@ -43,6 +46,13 @@ RUN = 8000  # steps of a run, about
 NO_KERNEL = "(no kernel runs)"
 
 
+class Times(NamedTuple):
+    """Milliseconds of one rank."""
+
+    step: float
+    update: float  # of that, the optimizer with its collectives and the wait for slower ranks
+
+
 class Steps:
     """The run's steps, on the batches of its plan, under one runtime: together or alone."""
 
@@ -54,6 +64,15 @@ class Steps:
         self.plan = tg.BatchPlan(shards, h.train_seq_len, self.trainer.layout.sequences, h.seed)
         no_evaluation = SimpleNamespace(warm_up=lambda model: None)
         self.trainer.warm_up(no_evaluation)  # type: ignore[arg-type]
+        self.pending = tg.PendingLosses(tg.Clock(runtime), lambda *_: None)
+        self.updates: list[timing.Mark] = []  # when the update of each step began
+        update = self.trainer.update
+
+        def marked_update(sums: list[Tensor]) -> Tensor:
+            self.updates.append(timing.now(runtime.on_cuda))
+            return update(sums)
+
+        self.trainer.update = marked_update  # type: ignore[method-assign]
 
     def batch(self, number: int) -> Tensor:
         """This rank's rows of a batch."""
@@ -62,52 +81,71 @@ class Steps:
         tokens = self.plan.tokens(number, range(first, first + local))
         return torch.from_numpy(tokens).to(self.runtime.device)
 
-    def step(self, tokens: Tensor, steps_done: int) -> Tensor:
-        self.runtime.agree_on(steps_done)  # as the training loop does on its clock
-        lr = tg.lr_warmup(self.h, steps_done + 1)
-        return self.trainer.train_step(tokens, lr, self.h.decay_per_run / RUN)
+    def step(self, tokens: Tensor, number: int, lr: float, decay: float) -> Tensor:
+        """As the training loop does it: agrees on the clock, and is two steps ahead at most."""
+        self.runtime.agree_on(number)
+        loss = self.trainer.train_step(tokens, lr, decay)
+        self.pending.push(number, loss)
+        return loss
 
     def losses(self) -> list[float]:
         """Of the run's first steps, so call it first."""
-        return [float(self.step(self.batch(i), i)) for i in range(COMPARED)]
+        found = []
+        for i in range(COMPARED):
+            lr = tg.lr_warmup(self.h, i + 1)
+            found.append(float(self.step(self.batch(i), i, lr, self.h.decay_per_run / RUN)))
+        return found
 
-    def milliseconds(self, timed: int) -> float:
-        """A step, on one batch."""
-        return timing.milliseconds(self.one_step(), self.runtime.on_cuda, repeats=timed)
+    def still_step(self, tokens: Tensor) -> Callable[[], Tensor]:
+        """A step that moves no weight, so that every one has the same values to compute."""
+        return lambda: self.step(tokens, COMPARED, 0.0, 0.0)
 
-    def kernels(self) -> dict[str, float]:
+    def times(self, tokens: Tensor, timed: int) -> Times:
+        """Of `timed` steps in a row on these tokens; the medians."""
+        on_cuda = self.runtime.on_cuda
+        ends = timing.ends(self.still_step(tokens), on_cuda, repeats=timed)
+        updates = self.updates[-timed:]
+        self.updates.clear()
+        return Times(
+            statistics.median(itertools.starmap(timing.between, itertools.pairwise(ends))),
+            statistics.median(map(timing.between, updates, ends[1:])),
+        )
+
+    def kernels(self, tokens: Tensor) -> dict[str, float]:
         """Milliseconds a step by kernel, and in which none runs; empty on a CPU."""
         if not self.runtime.on_cuda:
             return {}
-        traced = step_time.kernel_times(self.one_step())
+        traced = step_time.kernel_times(self.still_step(tokens))
         return {**traced["kernels"], NO_KERNEL: traced["idle"]}
-
-    def one_step(self) -> Callable[[], Tensor]:
-        tokens = self.batch(COMPARED)
-        return lambda: self.step(tokens, COMPARED)
 
     def start_late_qat(self) -> None:
         self.trainer.optimizer.start_late_qat(self.trainer.weight_bytes())
 
 
-def on_all(value: float, ranks: int) -> list[float]:
+def on_all(value: Times, ranks: int) -> list[Times]:
     """`value` of every rank, by rank."""
-    values: list[float] = [value] * ranks
+    values = [value] * ranks
     if ranks > 1:
         dist.all_gather_object(values, value)
     return values
 
 
 class Round(NamedTuple):
-    """Milliseconds a step."""
+    """All ranks together, then each alone, by rank."""
 
-    together: float
-    alone: list[float]  # by rank
+    together: list[Times]
+    alone: list[Times]
 
     @property
-    def overhead(self) -> float:
-        """Over the slowest, which the others wait for when together."""
-        return self.together - max(self.alone)
+    def slowest(self) -> int:
+        """The rank that the others wait for when together, so that it waits for none."""
+        return max(range(len(self.alone)), key=lambda rank: self.alone[rank].step)
+
+    @property
+    def overhead(self) -> Times:
+        """What the slowest rank takes more when together, in the whole step and in its update."""
+        together, alone = self.together[self.slowest], self.alone[self.slowest]
+        return Times(together.step - alone.step, together.update - alone.update)
 
 
 def timed_in_turn(together: Steps, alone: Steps, timed: int) -> list[Round]:
@@ -116,26 +154,28 @@ def timed_in_turn(together: Steps, alone: Steps, timed: int) -> list[Round]:
     Nobody is alone while others are still together: the ranks wait for each other in between.
     """
     runtime = together.runtime
+    tokens = together.batch(COMPARED)
     rounds = []
     for _ in range(ROUNDS):
-        ours = together.milliseconds(timed)
+        ours = together.times(tokens, timed)
         runtime.agree_on(None)
-        mine = alone.milliseconds(timed)
-        rounds.append(Round(ours, on_all(mine, runtime.world_size)))
+        mine = alone.times(tokens, timed)
+        rounds.append(Round(on_all(ours, runtime.world_size), on_all(mine, runtime.world_size)))
     return rounds
 
 
 def report_times(log: tg.RunLog, kind: str, rounds: Sequence[Round], tokens: int) -> None:
     """tokens: of a step together.  The overhead is that of the middle round, with its range."""
     ranks = len(rounds[0].alone)
-    together = statistics.median(r.together for r in rounds)
-    alone = [statistics.median(times) for times in zip(*(r.alone for r in rounds), strict=True)]
-    overheads = [r.overhead for r in rounds]
+    together = statistics.median(r.together[r.slowest].step for r in rounds)
+    alone = [statistics.median(r.alone[rank].step for r in rounds) for rank in range(ranks)]
+    overheads = sorted((r.overhead for r in rounds), key=lambda overhead: overhead.step)
+    middle = overheads[len(overheads) // 2]
     log(
         f"{kind}: {together:.2f} ms on {ranks} ranks, {tokens} tokens; {tokens // ranks} tokens on "
         f"each rank alone: {', '.join(f'{ms:.2f}' for ms in alone)} ms; overhead over the slowest, "
-        f"{len(rounds)} times in turn: {statistics.median(overheads):+.2f} ms "
-        f"({min(overheads):+.2f} to {max(overheads):+.2f})"
+        f"{len(rounds)} times in turn: {middle.step:+.2f} ms ({overheads[0].step:+.2f} to "
+        f"{overheads[-1].step:+.2f}), {middle.update:+.2f} of it in the update"
     )
 
 
@@ -170,9 +210,11 @@ def main(timed: int) -> None:
     if timed:
         share = dataclasses.replace(h, train_batch_tokens=h.train_batch_tokens // ranks)
         mine = Steps(share, alone, kernels)
+        mine.losses()  # weights as those of the ranks together, from as many steps
         tokens = h.train_batch_tokens
         report_times(log, "step", timed_in_turn(together, mine, timed), tokens)
-        traces = together.kernels(), mine.kernels()
+        batch = together.batch(COMPARED)
+        traces = together.kernels(batch), mine.kernels(batch)
         together.start_late_qat()
         mine.start_late_qat()
         report_times(log, "step, late QAT", timed_in_turn(together, mine, timed), tokens)

@@ -17,10 +17,18 @@ Mark = torch.cuda.Event | float  # a moment: on the device's clock, or in second
 def milliseconds(
     function: Callable[[], object], on_cuda: bool, repeats: int = 20, warm: int = 3
 ) -> float:
-    """Median time from the end of one call to the end of the next, of `repeats` calls in a row.
+    """Median time from the end of one call to the end of the next, of `repeats` calls in a row."""
+    marks = ends(function, on_cuda, repeats, warm)
+    return statistics.median(itertools.starmap(between, itertools.pairwise(marks)))
+
+
+def ends(
+    function: Callable[[], object], on_cuda: bool, repeats: int = 20, warm: int = 3
+) -> list[Mark]:
+    """The end of the last of `warm` calls, then of each of `repeats` more, all in a row.
 
     Nothing waits between the calls, so the host may run ahead of the GPU, as it does in training;
-    where the GPU waits for the host, that time counts.  `warm` calls before them do not count.
+    where the GPU waits for the host, that time counts.
     """
     for _ in range(warm):
         function()
@@ -30,7 +38,7 @@ def milliseconds(
         marks.append(now(on_cuda))
     if on_cuda:
         torch.cuda.synchronize()
-    return statistics.median(itertools.starmap(between, itertools.pairwise(marks)))
+    return marks
 
 
 def now(on_cuda: bool) -> Mark:
