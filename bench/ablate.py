@@ -11,9 +11,9 @@ variant, is part of the row, so that it is made before the run.  OFF=a,b leaves 
 techniques of the program: the names are those of TECHNIQUES.  ON=a,b adds candidates, which are
 not in the program: bench/candidates.py has their names and options.  The environment holds what all
 variants share (TRAIN_BATCH_TOKENS=98304 MUON_MOMENTUM=0.95 and, for P-steps, ITERATIONS=1600
-MAX_WALLCLOCK_SECONDS=0, for P-time MAX_WALLCLOCK_SECONDS=180; rows until 2026-11-27 have
-EARLY_FRACTION=0 SWA_SHARE=0.3); EVAL_STRIDE=0 leaves out the sliding score; logs and weights are
-kept if OUTPUT_DIR names a folder for them.  Graphs compiled once are found again in Inductor's
+MAX_WALLCLOCK_SECONDS=0, for P-time MAX_WALLCLOCK_SECONDS=180; docs/ABLATIONS.md says what older
+rows had besides); EVAL_STRIDE=0 leaves out the sliding score; logs and weights are kept if
+OUTPUT_DIR names a folder for them.  Graphs compiled once are found again in Inductor's
 cache.  Rows are printed and appended to docs/ABLATIONS.md, or to the file that the variable TABLE
 names, in the order of the arguments, each as soon as it can be; a run that fails gets a row too.
 SIGTERM, which `timeout` sends, ends the runs under way and starts no other; the rows of both are
