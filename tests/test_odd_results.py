@@ -116,6 +116,11 @@ def test_a_result_with_an_odd_number_is_named_and_left_out(
     check_left_out(*merged(tmp_path, whole, odd))
 
 
+def test_a_recipe_that_is_no_json_is_named_and_left_out(whole: Result, tmp_path: Path) -> None:
+    odd = changed(seeded(whole, 5), "recipe.matrix_lr", math.nan)
+    check_left_out(*merged(tmp_path, whole, odd))
+
+
 @pytest.mark.parametrize("path", ["scores.sliding.text_bytes", "scores.sliding.tokens"])
 def test_a_result_of_no_text_is_named_and_left_out(
     path: str, whole: Result, tmp_path: Path

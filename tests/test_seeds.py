@@ -382,3 +382,7 @@ def test_by_hand_it_writes_the_same_file_or_says_what_is_missing(tmp_path: Path)
     done = completed(REPO / "record.py", tmp_path)
     assert done.returncode == 0 and done.stdout.startswith("submission seeds:1,2"), done.stderr
     assert json.loads((tmp_path / "submission.json").read_text()) == expected
+    (tmp_path / "submission.json").unlink()
+    here = completed(REPO / "record.py", cwd=tmp_path)  # without a folder it takes its own
+    assert here.returncode == 0, here.stderr
+    assert json.loads((tmp_path / "submission.json").read_text()) == expected
