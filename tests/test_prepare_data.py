@@ -481,6 +481,18 @@ def test_text_mistakes_are_named_in_one_line(
     assert not list((tmp_path / "data").glob("*/*")), "a failed command left output"
 
 
+@pytest.mark.parametrize("name", ["some/shard.bin", None])
+def test_a_full_disk_is_named_by_the_file_or_else_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str | None
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", name)
+
+    monkeypatch.setattr(prepare_data, "build_text", full)
+    message = failure("text", "--root", tmp_path, "input.txt")
+    assert message == f"prepare_data: {name or tmp_path}: No space left on device"
+
+
 def test_damaged_archive_and_tokenizer_are_named(tmp_path: Path, source: Path) -> None:
     broken = tmp_path / "broken.gz"
     broken.write_bytes(gzip.compress(b"x" * 999)[:-9])
@@ -756,6 +768,10 @@ def hub(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
 def fineweb_arguments(hub: SimpleNamespace, *more: object) -> list[str]:
     arguments = ["fineweb", "--root", hub.root, "--vocab", 400, "--repo", "me/export", *more]
     return list(map(str, arguments))
+
+
+def test_fineweb_is_the_published_80_shards_unless_told_otherwise() -> None:
+    assert prepare_data.parse_args(["fineweb"]).shards == 80
 
 
 def test_fineweb_downloads_val_and_only_the_shards_asked_for(hub: SimpleNamespace) -> None:
