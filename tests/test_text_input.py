@@ -94,6 +94,15 @@ def test_utf8_followed_by_utf16_is_refused(file: Callable[..., Path], text: str)
     refusal(file(ENGLISH.encode() * 20 + text.encode("utf-16-le")))
 
 
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_utf16_followed_by_letters_of_one_byte_is_refused(
+    file: Callable[..., Path], encoding: str
+) -> None:
+    """Any two small letters of ASCII are one Chinese character of UTF-16."""
+    assert read_documents(file(ENGLISH.encode(encoding))) == [ENGLISH.strip()]
+    assert "iconv" in refusal(file(ENGLISH.encode(encoding) + b"lantern" * 10))
+
+
 def test_an_invalid_byte_is_named_with_offset_and_remedy(file: Callable[..., Path]) -> None:
     for lead in (b"", codecs.BOM_UTF8):
         message = refusal(file(lead + b"twelve bytes\xe9 more"))
