@@ -10,7 +10,7 @@ summed by ranks or by micro-batches).  All steps are on whole sequences, unlike 
 The first two are timed in turn, ROUNDS times each: a GPU that warms up slows down by more than
 ranks cost (67.5 to 69.6 ms within seconds, docs/RESULTS.md).  Timed steps have the same tokens of
 the rank and move no weight, so that together and alone the values are alike: near its power limit
-a GPU's clock depends on what it multiplies.  A time is the median of TIMED_STEPS steps in a row,
+a GPU's clock may depend on what it multiplies.  A time is the median of TIMED_STEPS steps in a row,
 host-side agreement on the clock included.  On GPUs a trace of rank 0 then tells which kernels the
 ranks add, and how long none runs.  Environment variables override hyperparameters as they do for
 train_gpt.py.
@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import itertools
 import os
 import statistics
 import sys
@@ -107,8 +106,8 @@ class Steps:
         updates = self.updates[-timed:]
         self.updates.clear()
         return Times(
-            statistics.median(itertools.starmap(timing.between, itertools.pairwise(ends))),
-            statistics.median(map(timing.between, updates, ends[1:])),
+            step=timing.median_between(ends, ends[1:]),
+            update=timing.median_between(updates, ends[1:]),
         )
 
     def kernels(self, tokens: Tensor) -> dict[str, float]:
@@ -148,18 +147,17 @@ class Round(NamedTuple):
         return Times(together.step - alone.step, together.update - alone.update)
 
 
-def timed_in_turn(together: Steps, alone: Steps, timed: int) -> list[Round]:
-    """Rounds of `timed` steps each, first all ranks together, then each by itself.
+def timed_in_turn(together: Steps, alone: Steps, batch: Tensor, timed: int) -> list[Round]:
+    """Rounds of `timed` steps each on this rank's rows, first all ranks together, then each alone.
 
     Nobody is alone while others are still together: the ranks wait for each other in between.
     """
     runtime = together.runtime
-    tokens = together.batch(COMPARED)
     rounds = []
     for _ in range(ROUNDS):
-        ours = together.times(tokens, timed)
+        ours = together.times(batch, timed)
         runtime.agree_on(None)
-        mine = alone.times(tokens, timed)
+        mine = alone.times(batch, timed)
         rounds.append(Round(on_all(ours, runtime.world_size), on_all(mine, runtime.world_size)))
     return rounds
 
@@ -212,12 +210,12 @@ def main(timed: int) -> None:
         mine = Steps(share, alone, kernels)
         mine.losses()  # weights as those of the ranks together, from as many steps
         tokens = h.train_batch_tokens
-        report_times(log, "step", timed_in_turn(together, mine, timed), tokens)
         batch = together.batch(COMPARED)
+        report_times(log, "step", timed_in_turn(together, mine, batch, timed), tokens)
         traces = together.kernels(batch), mine.kernels(batch)
         together.start_late_qat()
         mine.start_late_qat()
-        report_times(log, "step, late QAT", timed_in_turn(together, mine, timed), tokens)
+        report_times(log, "step, late QAT", timed_in_turn(together, mine, batch, timed), tokens)
         report_kernels(log, *traces)
         del mine
     del together  # a trainer's CUDA graphs hold its memory

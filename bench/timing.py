@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import torch
@@ -19,7 +18,7 @@ def milliseconds(
 ) -> float:
     """Median time from the end of one call to the end of the next, of `repeats` calls in a row."""
     marks = ends(function, on_cuda, repeats, warm)
-    return statistics.median(itertools.starmap(between, itertools.pairwise(marks)))
+    return median_between(marks, marks[1:])
 
 
 def ends(
@@ -55,6 +54,11 @@ def between(start: Mark, end: Mark) -> float:
     if isinstance(start, float) and isinstance(end, float):
         return (end - start) * 1e3
     return start.elapsed_time(end)  # type: ignore[union-attr,arg-type]
+
+
+def median_between(starts: Iterable[Mark], ends: Iterable[Mark]) -> float:
+    """Median of the milliseconds from each start to the end at its place, as far as both go."""
+    return statistics.median(map(between, starts, ends))
 
 
 def seconds(function: Callable[[], T], on_cuda: bool = False) -> tuple[T, float]:
